@@ -1,0 +1,213 @@
+"""The Llama decoder: modules, tensor parallelism, and the functions steps are composed from (DESIGN 5).
+
+What it is: Flax NNX modules that define every weight, its shape on one tensor-parallel rank and its initialisation,
+once. They are split into plain pytrees (dicts) at load; `decode_stack` and `logits` merge them back inside the trace,
+so a compiled step sees only arrays. Attention is an argument: with `oracle.py`'s it is the numeric reference, with
+`loong_jax/esp` it is elastic.
+What it is not: checkpoints (`checkpoint.py`), sampling (`sampling.py`), KV storage.
+
+Tensor parallelism. A rank holds `num_heads / tp` query heads and their KV heads (replicated where tp exceeds
+num_kv_heads), `intermediate_size / tp` columns of the SwiGLU, and a slice of the vocabulary padded to a multiple of tp.
+`o` and `down` yield partial sums, added over `tp_axis` in float32. Few leaves a layer: the overhead of a call grows
+with their number.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from loong_jax.config import ConfigError, ModelConfig
+from loong_jax.model.layers import linear, rms_norm, rope_frequencies, rotate, swiglu
+
+Params = dict[str, Any]
+"""{"embed", "layers", "final_norm", "lm_head" (absent if tied)}; "layers" is a list of dicts or one stacked dict."""
+
+Attend = Callable[[Any, Any, Array, Array, Array], tuple[Array, Any]]
+"""attend(carry, layer, q[tok, head, dim], k[tok, kvh, dim], v[tok, kvh, dim]) -> (out[tok, head, dim], carry)."""
+
+
+class Local(msgspec.Struct, frozen=True):
+    """Sizes on one tensor-parallel rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    vocab_size: int  # of the padded vocabulary
+
+    @property
+    def heads_and_kv(self) -> int:
+        return self.num_heads + 2 * self.num_kv_heads
+
+
+def local_sizes(config: ModelConfig, tp: int) -> Local:
+    """What one of `tp` ranks holds. Raises ConfigError naming the field that cannot be divided."""
+    for field in ("num_heads", "intermediate_size"):
+        if getattr(config, field) % tp:
+            raise ConfigError(f"{field}: {getattr(config, field)} cannot be divided over tp = {tp}")
+    if config.num_kv_heads % tp and tp % config.num_kv_heads:
+        raise ConfigError(f"num_kv_heads: {config.num_kv_heads} neither divides tp = {tp} nor is divided by it")
+    return Local(
+        num_heads=config.num_heads // tp,
+        num_kv_heads=max(1, config.num_kv_heads // tp),
+        intermediate_size=config.intermediate_size // tp,
+        vocab_size=-(-config.vocab_size // tp),
+    )
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], config: ModelConfig, fan_in: int) -> nnx.Param:
+    values = jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
+    return nnx.Param(values.astype(config.dtype))
+
+
+def _ones(config: ModelConfig) -> nnx.Param:
+    return nnx.Param(jnp.ones((config.hidden_size,), config.dtype))
+
+
+class Layer(nnx.Module):
+    """One decoder layer on one tensor-parallel rank: pre-norm attention, pre-norm SwiGLU."""
+
+    def __init__(self, config: ModelConfig, tp: int, *, rngs: nnx.Rngs):
+        local, d, dim = local_sizes(config, tp), config.hidden_size, config.head_dim
+        self.config = config
+        self.attn_norm = _ones(config)
+        self.qkv = _weight(rngs, (d, local.heads_and_kv * dim), config, d)  # [q heads | k heads | v heads]
+        self.o = _weight(rngs, (local.num_heads * dim, d), config, config.num_heads * dim)
+        self.ffn_norm = _ones(config)
+        self.gate_up = _weight(rngs, (d, 2 * local.intermediate_size), config, d)  # [gate | up]
+        self.down = _weight(rngs, (local.intermediate_size, d), config, config.intermediate_size)
+
+    def project_qkv(
+        self, x: Float[Array, "tok d"], positions: Int[Array, " tok"]
+    ) -> tuple[Float[Array, "tok head dim"], Float[Array, "tok kvh dim"], Float[Array, "tok kvh dim"]]:
+        """Queries, rotated keys and values of this rank's heads."""
+        config = self.config
+        num_heads = self.o.shape[0] // config.head_dim
+        num_kv_heads = (self.qkv.shape[1] // config.head_dim - num_heads) // 2
+        fused = linear(rms_norm(x, self.attn_norm[...], config.norm_eps), self.qkv[...])
+        fused = fused.reshape(x.shape[0], -1, config.head_dim)
+        rotated, v = fused[:, : num_heads + num_kv_heads], fused[:, num_heads + num_kv_heads :]
+        rotated = rotate(rotated, positions, rope_frequencies(config.rope, config.head_dim))
+        q, k = rotated[:, :num_heads], rotated[:, num_heads:]
+        return q.astype(config.dtype), k.astype(config.dtype), v.astype(config.dtype)
+
+    def add_attention(
+        self, x: Float[Array, "tok d"], out: Float[Array, "tok head dim"], tp_axis: str | None
+    ) -> Float[Array, "tok d"]:
+        return x + _sum_over(linear(out.reshape(x.shape[0], -1), self.o[...]), tp_axis).astype(x.dtype)
+
+    def add_ffn(self, x: Float[Array, "tok d"], tp_axis: str | None) -> Float[Array, "tok d"]:
+        hidden = rms_norm(x, self.ffn_norm[...], self.config.norm_eps)
+        hidden = swiglu(linear(hidden, self.gate_up[...]))
+        return x + _sum_over(linear(hidden, self.down[...]), tp_axis).astype(x.dtype)
+
+
+class Decoder(nnx.Module):
+    """All weights on one tensor-parallel rank; random until loaded."""
+
+    def __init__(self, config: ModelConfig, tp: int = 1, *, rngs: nnx.Rngs):
+        vocab_size, d = local_sizes(config, tp).vocab_size, config.hidden_size
+        self.embed = _weight(rngs, (vocab_size, d), config, d)
+        self.layers = nnx.List([Layer(config, tp, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm = _ones(config)
+        if not config.tie_embeddings:
+            self.lm_head = _weight(rngs, (vocab_size, d), config, d)
+
+
+def _to_params(module: Decoder) -> Params:
+    params = nnx.to_pure_dict(nnx.split(module)[1])
+    params["layers"] = [params["layers"][layer] for layer in range(len(params["layers"]))]
+    return params
+
+
+def stack_layers(params: Params) -> Params:
+    """The same parameters with the per-layer dicts stacked on a new first axis (the form for lax.scan)."""
+    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Random parameters of the whole model (tp = 1, no tp axis), layers as a list."""
+    return _to_params(Decoder(config, rngs=nnx.Rngs(seed)))
+
+
+def param_structs(config: ModelConfig, tp: int, *, stacked: bool) -> Params:
+    """Shapes of the parameters on all ranks: leaves `[tp, *local]`, or `[tp, layers, *local]` under "layers" if
+    `stacked`. Raises ConfigError if `tp` cannot divide the model."""
+    local = _to_params(nnx.eval_shape(lambda: Decoder(config, tp, rngs=nnx.Rngs(0))))
+    if stacked:
+        local = jax.eval_shape(stack_layers, local)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((tp, *leaf.shape), leaf.dtype), local)
+
+
+def _sum_over(x: Array, tp_axis: str | None) -> Array:
+    return x if tp_axis is None else jax.lax.psum(x, tp_axis)
+
+
+def _embed(embed: Float[Array, "vocab d"], tokens: Int[Array, " tok"], tp_axis: str | None) -> Float[Array, "tok d"]:
+    """Rows of the embedding; over ranks, each looks up what it holds (a sum of one row and zeros is exact)."""
+    if tp_axis is None:
+        return jnp.take(embed, tokens, axis=0, mode="clip")
+    local = tokens - jax.lax.axis_index(tp_axis) * embed.shape[0]
+    mine = (local >= 0) & (local < embed.shape[0])
+    rows = jnp.take(embed, local, axis=0, mode="clip")
+    return jax.lax.psum(jnp.where(mine[:, None], rows, jnp.zeros((), rows.dtype)), tp_axis)
+
+
+def decode_stack(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, " tok"],
+    positions: Int[Array, " tok"],
+    attend: Attend,
+    carry: Any,
+    *,
+    tp_axis: str | None = None,
+) -> tuple[Float[Array, "tok d"], Any]:
+    """All layers. Leaves of `params` are local to one rank (no tp axis).
+
+    `attend(carry, layer, q, k, v) -> (out, carry)` threads `carry` (e.g. the KV pool) through the layers; `layer` is an
+    int when the layers are a list (unrolled), a traced int32 when they are stacked (lax.scan). k is rotated. Tokens
+    and positions of padding may be anything; so is the hidden state of padding.
+    Returns the hidden states before the final norm, and the last carry.
+    """
+    definition = nnx.graphdef(nnx.eval_shape(lambda: Layer(config, 1, rngs=nnx.Rngs(0))))
+
+    def apply(layer_params, x, carry, layer):
+        module = nnx.merge(definition, layer_params)
+        q, k, v = module.project_qkv(x, positions)
+        out, carry = attend(carry, layer, q, k, v)
+        return module.add_ffn(module.add_attention(x, out, tp_axis), tp_axis), carry
+
+    x = _embed(params["embed"], tokens, tp_axis)
+    if isinstance(params["layers"], list):
+        for layer, layer_params in enumerate(params["layers"]):
+            x, carry = apply(layer_params, x, carry, layer)
+        return x, carry
+
+    def body(state, xs):
+        x, carry = state
+        layer, layer_params = xs
+        return apply(layer_params, x, carry, layer), None
+
+    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+    (x, carry), _ = jax.lax.scan(body, (x, carry), (layers, params["layers"]))
+    return x, carry
+
+
+def logits(
+    params: Params,
+    config: ModelConfig,
+    hidden: Float[Array, "row d"],
+    *,
+    tp_axis: str | None = None,
+) -> Float32[Array, "row vocab"]:
+    """Final norm and output projection of hidden states from `decode_stack`; `[row, vocab_size]` on every rank."""
+    head = params["embed"] if config.tie_embeddings else params["lm_head"]
+    out = linear(rms_norm(hidden, params["final_norm"], config.norm_eps), head.T)
+    if tp_axis is not None:
+        out = jax.lax.all_gather(out, tp_axis, axis=1, tiled=True)
+    return out[:, : config.vocab_size]
