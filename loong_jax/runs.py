@@ -1,0 +1,129 @@
+"""Where the KV of each request lies: its pages, instance by instance (DESIGN 2, 5).
+
+What it is: the one table kept by the ledger and by the executor's mirror of it. A page of a request holds one *run*
+(consecutive positions); a request has at most one page for a position. Cost grows with pages touched, not tokens.
+What it is not: an allocator. Who may take, share or write a page is `ledger.py`'s business.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from loong_jax.types import PageMove, Run
+
+
+class PageRun(NamedTuple):
+    """One entry of a page table: slots `[0, count)` of `page` hold positions `[first, first + count)`."""
+
+    first: int
+    page: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.count
+
+
+# Sorts before every entry that starts at the same position.
+def _at(first: int) -> tuple[int, int]:
+    return (first, -1)
+
+
+class RunTable:
+    """Pages of requests by instance, each list sorted by first position."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, dict[int, list[PageRun]]] = {}
+
+    def requests(self) -> list[int]:
+        """Requests with at least one page, ascending."""
+        return sorted(self._requests)
+
+    def instances(self, request: int) -> list[int]:
+        """Instances that hold a page of `request`, ascending."""
+        return sorted(self._requests.get(request, ()))
+
+    def pages(self, request: int, instance: int) -> list[PageRun]:
+        """Pages of `request` on `instance` by first position. The live list: read it, do not keep or change it."""
+        homes = self._requests.get(request)
+        return homes.get(instance, []) if homes else []
+
+    def put(self, request: int, instance: int, page: int, run: Run) -> None:
+        """Add a page, or give the new run of an open page that grew (same page, same first position)."""
+        homes = self._requests.setdefault(request, {})
+        entries = homes.setdefault(instance, [])
+        entry = PageRun(run.first, page, run.count)
+        if not entries or entries[-1].first < run.first:
+            entries.append(entry)
+            return
+        index = bisect_left(entries, _at(run.first))
+        if index < len(entries) and entries[index].first == run.first:
+            assert entries[index].page == page, f"position {run.first} of request {request} already has a page"
+            entries[index] = entry
+        else:
+            entries.insert(index, entry)
+
+    def move(self, move: PageMove) -> None:
+        """The page leaves `src` for `dst`."""
+        homes = self._requests[move.request]
+        entries = homes[move.src]
+        index = bisect_left(entries, _at(move.run.first))
+        entry = entries.pop(index)
+        assert (entry.page, entry.first, entry.count) == (move.src_page, move.run.first, move.run.count), (entry, move)
+        if not entries:
+            del homes[move.src]
+        insort(homes.setdefault(move.dst, []), PageRun(entry.first, move.dst_page, entry.count))
+
+    def share(self, parent: int, child: int, shared: Iterable[tuple[int, int, Run]]) -> None:
+        """`child` gets these pages (instance, page, run) of `parent` too; its runs may be shorter than the parent's."""
+        assert child != parent, parent
+        for instance, page, run in shared:
+            self.put(child, instance, page, run)
+
+    def truncate(self, request: int, kv_len: int) -> list[tuple[int, int]]:
+        """Drop positions from `kv_len` on: returns the (instance, page) pairs dropped and shortens the runs that straddle."""
+        homes = self._requests.get(request)
+        if homes is None:
+            return []
+        dropped = []
+        for instance in sorted(homes):
+            entries = homes[instance]
+            keep = bisect_left(entries, _at(kv_len))
+            dropped += [(instance, entry.page) for entry in entries[keep:]]
+            del entries[keep:]
+            if entries and entries[-1].end > kv_len:
+                last = entries[-1]
+                entries[-1] = PageRun(last.first, last.page, kv_len - last.first)
+            if not entries:
+                del homes[instance]
+        if not homes:
+            del self._requests[request]
+        return dropped
+
+    def drop(self, request: int, instances: Iterable[int]) -> list[tuple[int, int]]:
+        """Drop all pages of `request` on `instances`; returns the (instance, page) pairs dropped."""
+        homes = self._requests.get(request)
+        if homes is None:
+            return []
+        dropped = []
+        for instance in instances:
+            dropped += [(instance, entry.page) for entry in homes.pop(instance, ())]
+        if not homes:
+            del self._requests[request]
+        return dropped
+
+    def missing(self, request: int, end: int) -> list[Run]:
+        """Runs of `[0, end)` without KV, ascending."""
+        entries = sorted(entry for pages in self._requests.get(request, {}).values() for entry in pages)
+        gaps, position = [], 0
+        for entry in entries:
+            if entry.first >= end:
+                break
+            if entry.first > position:
+                gaps.append(Run(position, entry.first - position))
+            position = entry.end
+        if position < end:
+            gaps.append(Run(position, end - position))
+        return gaps

@@ -1,0 +1,499 @@
+"""Frozen records that cross the seams: events, commands, and what a policy sees and answers.
+
+What it is: the vocabulary of floors 0-3. Events go into `Manager.handle`, commands come out, a `Policy` maps a
+`View` to a `Plan`. Every event and command encodes to bytes (`loong_jax/codec.py`) and carries no object
+reference, so the log, the replay and the worker of another host read the same thing.
+What it is not: mutable state (that is `manager.py` and `ledger.py`) or anything that knows JAX.
+
+Lengths of a request. `tokens[0:known]` are known to the host (prompt, then generated). KV covers positions; the
+step that takes `tokens[p]` as input writes KV at `p` and samples `tokens[p + 1]`. A prefill covers all missing
+positions of `[0, known)` and emits token `known`; a decode row takes the last token, at position `position`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+TokenBytes = bytes
+"""Token ids as little-endian int32: a million-token prompt stays 4 MB and slices without copying ints."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all plain frozen records. Records never form cycles, so the garbage collector need not track them."""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Words shared by everything
+
+
+class Phase(StrEnum):
+    """Kind of a compiled step program."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIGRATE = "migrate"
+    COPY = "copy"
+
+
+class ContextForm(StrEnum):
+    """How a prefill chunk attends to resident context (DESIGN 5)."""
+
+    GATHER_Q = "gather_q"  # context stays put; q and partials are exchanged
+    RING = "ring"  # fixed tiles of context rotate; may re-home pages on the way
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class RejectReason(StrEnum):
+    TOO_LARGE = "too_large"  # can never fit the pool -> INVALID_ARGUMENT
+    QUEUE_FULL = "queue_full"  # -> RESOURCE_EXHAUSTED
+    DRAINING = "draining"  # -> UNAVAILABLE
+
+
+class Program(Record, frozen=True, order=True):
+    """One entry of the program ladder. `bucket`: prefill tokens per instance, or decode rows per master, or the
+    fixed page count of migrate / copy."""
+
+    phase: Phase
+    dop: int
+    bucket: int
+
+
+class Run(Record, frozen=True, order=True):
+    """Consecutive positions `[first, first + count)` of one request."""
+
+    first: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.count
+
+
+class Sampling(Record, frozen=True):
+    """Sampling of one request. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off.
+    Noise is keyed by (seed, position), so placement, batch mix and DoP change nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Events (in). Everything that sways a decision is one of these.
+
+
+class Event(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    pass
+
+
+class Arrived(Event, frozen=True):
+    """`request` ids are assigned by the caller, strictly increasing. `stop_ids` already contains the eos ids
+    unless the client said ignore_eos. `max_tokens` >= 1."""
+
+    request: int
+    prompt: TokenBytes
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+
+
+class StepDone(Event, frozen=True):
+    """`tokens` / `logprobs`: one per emitting row, in the command's row order (empty for migrate and copy)."""
+
+    step: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+class StepFailed(Event, frozen=True):
+    """The step is lost, and so is every page of the pools of `instances` (at least the step's own instances).
+
+    The executor also posts a StepFailed for every step queued later on one of them, and for each step submitted to one
+    of them before the Reset that follows. The manager gives them no step until all of these came and it sent the Reset.
+    """
+
+    step: int
+    instances: tuple[int, ...]
+    reason: str
+
+
+class Aborted(Event, frozen=True):
+    request: int
+
+
+class Stopped(Event, frozen=True):
+    """A stop string was found in the text: keep `num_generated` generated tokens, finish with reason stop."""
+
+    request: int
+    num_generated: int
+
+
+class Forked(Event, frozen=True):
+    """`child` continues `parent` from its known tokens with its own sampling; it shares the parent's full pages."""
+
+    parent: int
+    child: int
+    max_tokens: int  # of the child, counted from the fork
+    sampling: Sampling
+    stop_ids: tuple[int, ...] = ()
+
+
+class ProgramReady(Event, frozen=True):
+    program: Program
+    instances: tuple[int, ...]
+
+
+class CostUpdated(Event, frozen=True):
+    """New coefficients for the cost model, by name."""
+
+    coefficients: dict[str, float]
+
+
+class InstanceLost(Event, frozen=True):
+    instance: int
+
+
+class InstanceJoined(Event, frozen=True):
+    instance: int
+
+
+class Drain(Event, frozen=True):
+    pass
+
+
+class Tick(Event, frozen=True):
+    pass
+
+
+AnyEvent = (
+    Arrived
+    | StepDone
+    | StepFailed
+    | Aborted
+    | Stopped
+    | Forked
+    | ProgramReady
+    | CostUpdated
+    | InstanceLost
+    | InstanceJoined
+    | Drain
+    | Tick
+)
+
+# --------------------------------------------------------------------------------------------------------------
+# Commands (out)
+
+
+class Command(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    pass
+
+
+class PageMove(Record, frozen=True):
+    """Page `src_page` of `request` on instance `src`, holding `run`, gets a new home: `dst_page` on `dst`."""
+
+    request: int
+    src: int
+    src_page: int
+    dst: int
+    dst_page: int
+    run: Run
+
+
+class PrefillRow(Record, frozen=True):
+    """One request of a prefill batch.
+
+    `runs` are the positions computed now, ascending; `tokens` are their ids. Each run is cut into *units* of at most
+    `page_tokens` positions from its first (`buckets.units`); unit `i` is kept on `homes[i]` in page `pages[i]`.
+    With `emit`, the last position is `known - 1` and the row samples token `known`.
+    """
+
+    request: int
+    slot: int  # index of the request in the devices' last-token array
+    runs: tuple[Run, ...]
+    tokens: TokenBytes
+    homes: tuple[int, ...]
+    pages: tuple[int, ...]
+    emit: bool
+    sampling: Sampling
+
+
+class RunPrefill(Command, frozen=True):
+    """Prefill the rows over the group; the units of all rows, in order, are striped: unit u on rank u mod dop.
+
+    `instances` is sorted and holds every instance with context of a row, every home, and every move's ends.
+    `moves` re-home context pages while they circulate (ring form only); a moved page leaves its old home when the
+    step is issued: later steps on the device see only the new one.
+    """
+
+    step: int
+    instances: tuple[int, ...]
+    bucket: int
+    form: ContextForm
+    rows: tuple[PrefillRow, ...]
+    moves: tuple[PageMove, ...] = ()
+
+
+class DecodeRow(Record, frozen=True):
+    """One row of a decode step: input token `token` at `position` (or -1: the device has it, because the master
+    was in the group that sampled it). Its new KV goes to slot `run.count - 1` of `page` on `master`; `run` is what
+    that page holds afterwards."""
+
+    request: int
+    slot: int
+    position: int
+    token: int
+    master: int
+    page: int
+    run: Run
+    sampling: Sampling
+
+
+class RunDecode(Command, frozen=True):
+    """`instances` is sorted and holds every instance with KV of a row and every master; `bucket` is rows a master."""
+
+    step: int
+    instances: tuple[int, ...]
+    bucket: int
+    rows: tuple[DecodeRow, ...]
+
+
+class Migrate(Command, frozen=True):
+    """Copy pages between exactly two instances (`instances` sorted); done -> StepDone(step). Homes change at issue."""
+
+    step: int
+    instances: tuple[int, ...]
+    moves: tuple[PageMove, ...]
+
+
+class PageCopy(Record, frozen=True):
+    """The child's own copy of the parent's open page."""
+
+    request: int  # the child
+    src_page: int
+    dst_page: int
+    run: Run
+
+
+class CopyPages(Command, frozen=True):
+    """Copies within one instance (the open page of a fork)."""
+
+    step: int
+    instance: int
+    copies: tuple[PageCopy, ...]
+
+
+class Fork(Command, frozen=True):
+    """The child shares these pages of the parent: (instance, page, run). Bookkeeping of the executor's mirror only."""
+
+    parent: int
+    child: int
+    shared: tuple[tuple[int, int, Run], ...]
+
+
+class Truncate(Command, frozen=True):
+    """KV of `request` beyond `kv_len` positions is dropped."""
+
+    request: int
+    kv_len: int
+
+
+class Free(Command, frozen=True):
+    """All KV of `request` on `instances` is dropped (all its instances for an eviction or an end)."""
+
+    request: int
+    instances: tuple[int, ...]
+
+
+class Emit(Command, frozen=True):
+    """Tokens for the client's stream: generated tokens `[index, index + len(tokens))`."""
+
+    request: int
+    index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    dop: int  # instances of the step that sampled them
+
+
+class Finish(Command, frozen=True):
+    request: int
+    reason: FinishReason
+    num_generated: int
+    message: str = ""
+
+
+class Reject(Command, frozen=True):
+    request: int
+    reason: RejectReason
+    message: str
+
+
+class Prepare(Command, frozen=True):
+    """Ask for a program on a device set; answered by ProgramReady."""
+
+    program: Program
+    instances: tuple[int, ...]
+
+
+class Reset(Command, frozen=True):
+    """The pools of `instances` were lost: make fresh ones (follows StepFailed and InstanceJoined)."""
+
+    instances: tuple[int, ...]
+
+
+AnyCommand = (
+    RunPrefill
+    | RunDecode
+    | Migrate
+    | CopyPages
+    | Fork
+    | Truncate
+    | Free
+    | Emit
+    | Finish
+    | Reject
+    | Prepare
+    | Reset
+)
+
+StepCommand = RunPrefill | RunDecode | Migrate | CopyPages
+
+# --------------------------------------------------------------------------------------------------------------
+# What a policy sees, and answers (floor 2). No field tells the true output length (INV-9).
+
+
+class Resident(Record, frozen=True):
+    """KV of one request on one instance."""
+
+    instance: int
+    tokens: int
+    pages: int
+
+
+class RequestView(Record, frozen=True):
+    """`missing`: runs of `[0, known)` without KV (for a running decode: nothing but the last known position).
+    `device_group`: instances whose devices hold the newest token, or () when the host knows it.
+    `running`: KV of `[0, known - 1)` is complete and it may decode; else it needs prefill of `missing`.
+    `in_flight`: steps issued and not done. A prefilling request with in_flight > 0 cannot be planned again."""
+
+    request: int
+    arrived_us: int
+    prompt_len: int
+    known: int
+    issued: int  # known, plus one per token sampled by steps in flight
+    max_tokens: int
+    num_generated: int
+    running: bool
+    missing: tuple[Run, ...]
+    resident: tuple[Resident, ...]
+    open_page: tuple[int, int] | None  # (instance, free slots) of the page the next token may join
+    device_group: tuple[int, ...]
+    in_flight: int
+    num_evictions: int
+
+
+class InstanceView(Record, frozen=True):
+    """`queued`: steps issued and not done (0, 1 or 2; an instance that must not get steps now shows 2).
+    `prefilling`: how many of them are prefills."""
+
+    instance: int
+    free_pages: int
+    num_pages: int
+    queued: int
+    prefilling: int
+    alive: bool
+
+
+class View(Record, frozen=True):
+    """The state a policy may use. `requests` are in arrival order: the waiting ones after the running ones. Of the
+    waiting ones only as many are shown as may start now (`max_running`, slots), so a policy may start any of them."""
+
+    now_us: int
+    page_tokens: int
+    instances: tuple[InstanceView, ...]
+    requests: tuple[RequestView, ...]
+    ready: frozenset[tuple[Program, tuple[int, ...]]]
+
+
+class PlannedPrefillRow(Record, frozen=True):
+    request: int
+    runs: tuple[Run, ...]
+
+
+class Share(Record, frozen=True):
+    """The next `pages` units of a batch are kept on `instance`."""
+
+    instance: int
+    pages: int
+
+
+class Rehome(Record, frozen=True):
+    """Move `pages` pages of `request` from `src` to `dst` (lowest positions first)."""
+
+    request: int
+    src: int
+    dst: int
+    pages: int
+
+
+class PlannedPrefill(Record, frozen=True):
+    """`keep` covers the batch's units in order (the sum of pages is the number of units)."""
+
+    instances: tuple[int, ...]
+    form: ContextForm
+    rows: tuple[PlannedPrefillRow, ...]
+    keep: tuple[Share, ...]
+    rehome: tuple[Rehome, ...] = ()
+
+
+class PlannedDecodeRow(Record, frozen=True):
+    request: int
+    master: int
+
+
+class PlannedDecode(Record, frozen=True):
+    instances: tuple[int, ...]
+    rows: tuple[PlannedDecodeRow, ...]
+
+
+class PlannedMigrate(Record, frozen=True):
+    rehome: Rehome
+
+
+class PlannedEvict(Record, frozen=True):
+    """Drop all KV of a request; it is recomputed later. Only with no step in flight."""
+
+    request: int
+
+
+class PlannedPrepare(Record, frozen=True):
+    program: Program
+    instances: tuple[int, ...]
+
+
+class Reservation(Record, frozen=True):
+    """Hold `instances` for `request` until `until_us`."""
+
+    request: int
+    instances: tuple[int, ...]
+    until_us: int
+
+
+class Plan(Record, frozen=True):
+    """Applied in this order: evicts, migrates, prefills, decodes. An instance serves at most one of them, and none
+    when it already has two steps outstanding."""
+
+    evicts: tuple[PlannedEvict, ...] = ()
+    migrates: tuple[PlannedMigrate, ...] = ()
+    prefills: tuple[PlannedPrefill, ...] = ()
+    decodes: tuple[PlannedDecode, ...] = ()
+    prepares: tuple[PlannedPrepare, ...] = ()
+    reservations: tuple[Reservation, ...] = ()
