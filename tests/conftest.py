@@ -1,0 +1,42 @@
+"""The environment of a test run, set before JAX is imported, and the `--slow` leg.
+
+Servers and workers that tests start as subprocesses inherit it. What it is not: helpers for tests (tests/support).
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_DEVICES = 16  # DoP 8 x tp 2
+
+# Sixteen device threads on few cores: without more pool threads and patience, XLA ends a process whose slow rank
+# keeps a collective waiting.
+XLA_FLAGS = (
+    f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+)
+
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS)).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", str(2 * NUM_DEVICES))
+# The TPU compiler without a TPU: ask no metadata server, and let several processes load it.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Reruns find their programs compiled. Tests about compiling point it elsewhere.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
