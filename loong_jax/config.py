@@ -1,0 +1,149 @@
+"""Frozen configurations: model, cluster, ladder, limits. Relations are checked at construction.
+
+What it is not: command-line parsing (`serving/cli.py`) or reading of checkpoints (`loong_jax/model/checkpoint.py`).
+No JAX types: dtypes are strings.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from loong_jax.types import Phase, Program
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be served. The message names the field."""
+
+
+def _require(condition: bool, field: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}: {message}")
+
+
+class RopeConfig(msgspec.Struct, frozen=True):
+    """Rotary embedding. `kind`: "default" or "llama3" (the four last fields are llama3's)."""
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+class ModelConfig(msgspec.Struct, frozen=True):
+    """A dense decoder. `dtype`: "float32" or "bfloat16"."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            _require(getattr(self, field) >= 1, field, "must be positive")
+        _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "must divide num_heads")
+        _require(self.head_dim % 2 == 0, "head_dim", "must be even")
+        _require(self.dtype in ("float32", "bfloat16"), "dtype", f"{self.dtype!r} is not float32 or bfloat16")
+
+
+class LadderConfig(msgspec.Struct, frozen=True):
+    """The program ladder (DESIGN 5). Everything else about a step is data.
+
+    `prefill_tokens`: tokens per instance; `decode_rows`: rows per master; `prefill_rows`: requests a prefill batch may
+    hold; `move_pages`: pages a migrate or copy program takes at once.
+    """
+
+    dops: tuple[int, ...] = (1, 2, 3, 4, 8)
+    prefill_tokens: tuple[int, ...] = (128, 512, 2048, 8192)
+    decode_rows: tuple[int, ...] = (1, 8, 32, 128)
+    prefill_rows: int = 32
+    move_pages: int = 64
+
+    def __post_init__(self) -> None:
+        for field in ("dops", "prefill_tokens", "decode_rows"):
+            values = getattr(self, field)
+            _require(len(values) > 0 and list(values) == sorted(set(values)), field, "must be ascending and not empty")
+            _require(values[0] >= 1, field, "must be positive")
+        _require(self.dops[0] == 1, "dops", "must contain 1: every request must be servable on one instance")
+        _require(self.num_programs <= 64, "ladder", f"holds {self.num_programs} programs; at most 64")
+
+    @property
+    def num_programs(self) -> int:
+        return len(self.programs())
+
+    def programs(self) -> tuple[Program, ...]:
+        """All programs, the most needed first (DoP 1 and the largest)."""
+        out = []
+        for dop in sorted(self.dops, key=lambda d: (d not in (1, self.dops[-1]), d)):
+            out += [Program(Phase.PREFILL, dop, b) for b in self.prefill_tokens]
+            out += [Program(Phase.DECODE, dop, b) for b in self.decode_rows]
+        out.append(Program(Phase.COPY, 1, self.move_pages))
+        if 2 in self.dops:
+            out.append(Program(Phase.MIGRATE, 2, self.move_pages))
+        return tuple(out)
+
+
+class ClusterConfig(msgspec.Struct, frozen=True):
+    """Instances and their pools.
+
+    `pages_per_instance` pages of `page_tokens` tokens each; `ring_tokens`: size of a context tile in the ring;
+    `query_tile_tokens`: q tokens per instance exchanged at once in gather-q; `table_entries`: page-table entries an
+    instance can hold (shared pages have one entry per request); `slots`: requests alive at once.
+    """
+
+    num_instances: int
+    tp: int = 1
+    page_tokens: int = 16
+    pages_per_instance: int = 1024
+    ring_tokens: int = 512
+    query_tile_tokens: int = 128
+    slots: int = 1024
+    ladder: LadderConfig = LadderConfig()
+
+    def __post_init__(self) -> None:
+        _require(self.num_instances >= 1, "num_instances", "must be positive")
+        _require(self.tp >= 1, "tp", "must be positive")
+        _require(self.page_tokens >= 1, "page_tokens", "must be positive")
+        _require(self.pages_per_instance >= 1, "pages_per_instance", "must be positive")
+        _require(self.ring_tokens % self.page_tokens == 0, "ring_tokens", "must be a multiple of page_tokens")
+        _require(self.query_tile_tokens % self.page_tokens == 0, "query_tile_tokens", "must be a multiple of page_tokens")
+        for bucket in self.ladder.prefill_tokens:
+            _require(bucket % self.page_tokens == 0, "prefill_tokens", f"{bucket} is no multiple of page_tokens")
+        _require(max(self.ladder.dops) <= self.num_instances, "dops", "exceed num_instances")
+
+    @property
+    def table_entries(self) -> int:
+        return 2 * self.pages_per_instance + 2 * self.slots
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.num_instances * self.pages_per_instance * self.page_tokens
+
+
+class LimitsConfig(msgspec.Struct, frozen=True):
+    """Bounds of the manager. Times in microseconds."""
+
+    max_waiting: int = 1024
+    max_running: int = 256
+    chunk_tokens: int = 8192  # new tokens of one prefill step over the whole group
+    decode_headroom_pages: int = 2  # free pages a retention target keeps per request for decode
+    hold_us: int = 2_000_000  # a reservation ends within this time
+
+
+def ladder_for(num_instances: int, ladder: LadderConfig = LadderConfig()) -> LadderConfig:
+    """The default ladder cut to what `num_instances` can form, with the largest group always in it."""
+    dops = tuple(sorted({d for d in ladder.dops if d <= num_instances} | {num_instances}))
+    return msgspec.structs.replace(ladder, dops=dops)

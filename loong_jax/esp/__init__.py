@@ -1,0 +1,1 @@
+"""Elastic sequence parallelism on devices: groups, prefill, decode, transfers."""

@@ -1,0 +1,153 @@
+"""Layout of a step's metadata: one int32 row per instance, written on the host, read on the device.
+
+A step's data (units, tables, sampling) is packed into one `[dop, size]` int32 array, because each further argument of
+a multi-device call costs host time. Floats travel as bits. What it is not: the meaning of the fields
+(`prefill.py`, `decode.py`, `transfer.py`) or who fills them (`loong_jax/staging.py`).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from loong_jax.config import ClusterConfig
+from loong_jax.types import Phase, Program
+
+
+class Layout(NamedTuple):
+    """Named integer fields, in order, each with its shape per instance."""
+
+    fields: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.fields)
+
+    def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable views `[dop, *shape]` into a packed `[dop, size]` array, by field name."""
+        out, offset = {}, 0
+        for name, shape in self.fields:
+            count = math.prod(shape)
+            out[name] = packed[:, offset : offset + count].reshape((packed.shape[0], *shape))
+            offset += count
+        return out
+
+    def unpack(self, packed: Int[Array, " size"]) -> dict[str, jax.Array]:
+        """The fields of one instance's row, inside a step."""
+        out, offset = {}, 0
+        for name, shape in self.fields:
+            count = math.prod(shape)
+            out[name] = packed[offset : offset + count].reshape(shape)
+            offset += count
+        return out
+
+
+class StepShape(NamedTuple):
+    """Everything static about a step: one program of the ladder on one cluster configuration."""
+
+    dop: int
+    bucket: int
+    page_tokens: int
+    num_pages: int
+    num_slots: int
+    ring_pages: int  # pages of one context tile
+    query_tile_units: int  # units per instance of one gather-q tile
+    prefill_rows: int
+    num_deltas: int  # page-table updates one step can carry
+    platform: str  # what it is compiled for, which need not be at hand
+
+    @property
+    def num_units(self) -> int:
+        """Units per instance of a prefill step."""
+        return self.bucket // self.page_tokens
+
+
+def step_shape(program: Program, cluster: ClusterConfig, platform: str) -> StepShape:
+    per_step = program.bucket // cluster.page_tokens if program.phase is Phase.PREFILL else program.bucket
+    return StepShape(
+        dop=program.dop,
+        bucket=program.bucket,
+        page_tokens=cluster.page_tokens,
+        num_pages=cluster.pages_per_instance,
+        num_slots=cluster.slots,
+        ring_pages=cluster.ring_tokens // cluster.page_tokens,
+        query_tile_units=math.gcd(cluster.query_tile_tokens // cluster.page_tokens, per_step),
+        prefill_rows=cluster.ladder.prefill_rows,
+        num_deltas=2 * per_step + 32,
+        platform=platform,
+    )
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+UNIT_ROW, UNIT_FIRST, UNIT_COUNT, UNIT_HOME = range(4)
+NOWHERE = -1
+
+
+def prefill_layout(shape: StepShape) -> Layout:
+    """`units`: (batch row or -1, first position, count, home = rank * num_pages + page); `context_*`: this instance's
+    page-table entries of each batch row; `emit_*`: which local token of a row, if any, is sampled from."""
+    rows = (shape.prefill_rows,)
+    return Layout(
+        (
+            ("units", (shape.num_units, 4)),
+            ("tokens", (shape.bucket,)),
+            ("context_start", rows),
+            ("context_len", rows),
+            ("emit_index", rows),
+            ("emit_slot", rows),
+            ("emit_position", rows),
+            *((name, rows) for name in _SAMPLING),
+            ("num_ring_tiles", ()),
+            ("num_query_tiles", ()),
+            ("num_emits", ()),
+            ("deltas", (shape.num_deltas, 4)),
+        )
+    )
+
+
+def decode_layout(shape: StepShape) -> Layout:
+    """`own` fields: the rows this instance masters; `all_*`: every row of the group, in rank order, with the entries
+    of this instance. `token` is -1 where the device has it."""
+    own, every = (shape.bucket,), (shape.dop * shape.bucket,)
+    return Layout(
+        (
+            ("token", own),
+            ("slot", own),
+            ("position", own),
+            ("write_page", own),
+            ("write_slot", own),
+            *((name, own) for name in _SAMPLING),
+            ("all_slot", every),
+            ("all_position", every),
+            ("row_start", every),
+            ("row_len", every),
+            ("deltas", (shape.num_deltas, 4)),
+        )
+    )
+
+
+def transfer_layout(shape: StepShape) -> Layout:
+    """`read_page` pages leave this instance (to itself in a copy, to its peer in a migrate); what arrives is written
+    to `write_page`. Unused places hold `num_pages`, which drops."""
+    return Layout((("read_page", (shape.bucket,)), ("write_page", (shape.bucket,)), ("deltas", (shape.num_deltas, 4))))
+
+
+def layout_of(phase: Phase, shape: StepShape) -> Layout:
+    match phase:
+        case Phase.PREFILL:
+            return prefill_layout(shape)
+        case Phase.DECODE:
+            return decode_layout(shape)
+        case _:
+            return transfer_layout(shape)
+
+
+def bits_to_float(bits: Int[Array, "..."]) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def float_to_bits(value: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.int32)

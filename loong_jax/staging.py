@@ -1,0 +1,173 @@
+"""From a command to the packed arrays of its step.
+
+Pure numpy: units are striped, tokens placed, page-table ranges looked up, sampling parameters written as bits. The field
+names are those of `esp/layout.py`. What it is not: the page tables (`page_table.py`) or the call (`executor.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from loong_jax.buckets import units
+from loong_jax.esp.layout import NOWHERE, StepShape, decode_layout, prefill_layout, transfer_layout
+from loong_jax.page_table import PageTables
+from loong_jax.types import ContextForm, CopyPages, Migrate, RunDecode, RunPrefill, Sampling
+
+
+class Staged(NamedTuple):
+    """`packed` `[dop, size]` int32; `deltas`: its view `[dop, num_deltas, 4]`, still to be filled; `rows`: indices into
+    the step's sampled output, in the order of `StepDone.tokens`; `moves` `[dop, entries]` int32 or None."""
+
+    packed: np.ndarray
+    deltas: np.ndarray
+    rows: np.ndarray
+    moves: np.ndarray | None = None
+
+
+def _as_bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def _write_sampling(fields: dict[str, np.ndarray], at: tuple[int | slice, int], sampling: Sampling) -> None:
+    fields["temperature"][at] = _as_bits(sampling.temperature)
+    fields["top_p"][at] = _as_bits(sampling.top_p)
+    fields["top_k"][at] = sampling.top_k
+    fields["seed"][at] = np.uint32(sampling.seed & 0xFFFFFFFF).view(np.int32)
+
+
+class _Stripes(NamedTuple):
+    """Units of a batch in stripe order, one array entry per unit."""
+
+    row: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    home: np.ndarray  # rank * num_pages + page
+    last: np.ndarray  # index of each row's last unit, one per row
+
+
+def _stripes(command: RunPrefill, shape: StepShape) -> _Stripes:
+    rank = {instance: r for r, instance in enumerate(command.instances)}
+    row, first, count, home, last = [], [], [], [], []
+    for index, prefill_row in enumerate(command.rows):
+        cut = units(prefill_row.runs, shape.page_tokens)
+        row += [index] * len(cut)
+        first += [run.first for run in cut]
+        count += [run.count for run in cut]
+        home += [
+            rank[instance] * shape.num_pages + page
+            for instance, page in zip(prefill_row.homes, prefill_row.pages, strict=True)
+        ]
+        last.append(len(row) - 1)
+    return _Stripes(*(np.array(x, np.int32) for x in (row, first, count, home, last)))
+
+
+def _context_ranges(command: RunPrefill, tables: PageTables, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Write each instance's entries of each row; returns the number of context pages on each instance."""
+    for rank, instance in enumerate(command.instances):
+        table = tables.tables[instance]
+        for index, row in enumerate(command.rows):
+            fields["context_start"][rank, index], fields["context_len"][rank, index] = table.range(row.request)
+    return fields["context_len"].sum(axis=1)
+
+
+def _moves(command: RunPrefill, tables: PageTables, num_pages: int) -> np.ndarray | None:
+    if not command.moves:
+        return None
+    rank = {instance: r for r, instance in enumerate(command.instances)}
+    moves = np.full((len(command.instances), len(tables.tables[0].entries)), NOWHERE, np.int32)
+    for move in command.moves:
+        entry = tables.tables[move.src].entry(move.request, move.src_page)
+        moves[rank[move.src], entry] = rank[move.dst] * num_pages + move.dst_page
+    return moves
+
+
+def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> Staged:
+    """The chunk's data; `tables` must not yet know the chunk's own pages."""
+    layout = prefill_layout(shape)
+    packed = np.zeros((shape.dop, layout.size), np.int32)
+    fields = layout.views(packed)
+    stripes = _stripes(command, shape)
+    index = np.arange(len(stripes.row))
+    rank, place = index % shape.dop, index // shape.dop
+    fields["units"][..., :] = NOWHERE
+    fields["units"][..., 2] = 0
+    fields["units"][rank, place] = np.stack([stripes.row, stripes.first, stripes.count, stripes.home], axis=1)
+
+    ids = np.concatenate([np.frombuffer(row.tokens, "<i4") for row in command.rows])
+    unit = np.repeat(index, stripes.count)
+    slot = np.arange(len(ids)) - np.repeat(np.cumsum(stripes.count) - stripes.count, stripes.count)
+    fields["tokens"][rank[unit], place[unit] * shape.page_tokens + slot] = ids
+
+    context_pages = _context_ranges(command, tables, fields)
+    most = int(context_pages.max())
+    if command.form is ContextForm.RING:
+        fields["num_ring_tiles"][:] = -(-most // shape.ring_pages)
+    elif most > 0:
+        fields["num_query_tiles"][:] = -(-(int(place.max()) + 1) // shape.query_tile_units)
+
+    fields["emit_index"][:] = NOWHERE
+    fields["emit_slot"][:] = shape.num_slots
+    emits = [i for i, row in enumerate(command.rows) if row.emit]
+    for i in emits:
+        row, last = command.rows[i], stripes.last[i]
+        fields["emit_index"][rank[last], i] = place[last] * shape.page_tokens + stripes.count[last] - 1
+        fields["emit_slot"][:, i] = row.slot
+        fields["emit_position"][:, i] = row.runs[-1].end
+        _write_sampling(fields, (slice(None), i), row.sampling)
+    fields["num_emits"][:] = len(emits)
+    return Staged(packed, fields["deltas"], np.array(emits, np.int32), _moves(command, tables, shape.num_pages))
+
+
+def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> Staged:
+    """The step's data; `tables` must already know the rows' new pages."""
+    layout = decode_layout(shape)
+    packed = np.zeros((shape.dop, layout.size), np.int32)
+    fields = layout.views(packed)
+    fields["slot"][:] = shape.num_slots
+    fields["position"][:] = NOWHERE
+    fields["write_page"][:] = shape.num_pages
+    fields["all_slot"][:] = shape.num_slots
+    fields["all_position"][:] = NOWHERE
+
+    num_mastered = [0] * shape.dop
+    rank_of = {instance: r for r, instance in enumerate(command.instances)}
+    members = [tables.tables[instance] for instance in command.instances]
+    where = np.empty(len(command.rows), np.int32)
+    for i, row in enumerate(command.rows):
+        rank = rank_of[row.master]
+        at = rank, num_mastered[rank]
+        num_mastered[rank] += 1
+        where[i] = every = rank * shape.bucket + at[1]
+        fields["token"][at] = row.token
+        fields["slot"][at] = row.slot
+        fields["position"][at] = row.position
+        fields["write_page"][at] = row.page
+        fields["write_slot"][at] = row.run.count - 1
+        _write_sampling(fields, at, row.sampling)
+        fields["all_slot"][:, every] = row.slot
+        fields["all_position"][:, every] = row.position
+        for r, table in enumerate(members):
+            fields["row_start"][r, every], fields["row_len"][r, every] = table.range(row.request)
+    return Staged(packed, fields["deltas"], where)
+
+
+def stage_transfer(command: Migrate | CopyPages, shape: StepShape) -> Staged:
+    """Pages to read and to write, place by place; each direction of a migrate uses the places in order."""
+    layout = transfer_layout(shape)
+    packed = np.zeros((shape.dop, layout.size), np.int32)
+    fields = layout.views(packed)
+    fields["read_page"][:] = 0
+    fields["write_page"][:] = shape.num_pages
+    if isinstance(command, CopyPages):
+        for i, copy in enumerate(command.copies):
+            fields["read_page"][0, i], fields["write_page"][0, i] = copy.src_page, copy.dst_page
+    else:
+        rank_of = {instance: r for r, instance in enumerate(command.instances)}
+        used = [0, 0]
+        for move in command.moves:
+            src, dst = rank_of[move.src], rank_of[move.dst]
+            fields["read_page"][src, used[src]], fields["write_page"][dst, used[src]] = move.src_page, move.dst_page
+            used[src] += 1
+    return Staged(packed, fields["deltas"], np.zeros(0, np.int32))
