@@ -1,0 +1,420 @@
+"""The program ladder: which step programs exist as executables, on which device sets, and how they get there.
+
+What it is: DESIGN 5 "Programs". A step is a meshless `jax.shard_map` inside `jit`, traced under `jax.set_mesh`: one
+trace per (phase, dop, bucket), one backend compile, and for every other device set of that size the same executable
+*retargeted*. An executable comes from the first of: memory, retargeting what is in memory, the store on disk, a
+compile. The hot path is `get`, a dict lookup.
+What it is not: what a step computes (`esp/`), which program a step uses (`buckets.py`, the policy), or the calling of
+programs (`executor.py`).
+
+Several processes: a process holds only the programs whose mesh holds one of its devices; store and retargeting are
+off, because an executable of several processes is tied to them; JAX's own cache serves there.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import jax
+from jax import monitoring
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from loong_jax import retarget
+from loong_jax.program_store import ProgramStore, environment
+from loong_jax.retarget import RetargetError, Serialized
+from loong_jax.types import Program, ProgramReady
+
+log = logging.getLogger(__name__)
+
+Instances = tuple[int, ...]
+
+_BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+_PROBE_DEVICES = 8  # enough to verify retargeting; more only makes start-up longer
+
+
+class StepFunction(NamedTuple):
+    """What a builder returns for one Program.
+
+    `function`: a shard_map without a mesh, to be jitted; `arguments`: pytrees of jax.ShapeDtypeStruct (global
+    shapes); `specs`: matching (prefix) pytrees of PartitionSpec over the axes ("sp", "tp"); `donate`: indices of
+    donated arguments.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    specs: tuple[Any, ...]
+    donate: tuple[int, ...]
+
+
+class Path(StrEnum):
+    """Who waited for an executable."""
+
+    WARM_UP = "warm_up"
+    SERVING = "serving"
+    BACKGROUND = "background"
+
+
+class Origin(StrEnum):
+    """Where an executable came from."""
+
+    STORE = "store"
+    RETARGET = "retarget"
+    COMPILE = "compile"
+
+
+class Programs:
+    """Executables by (program, instances).
+
+    `mesh_of(instances)`: Mesh of shape (dop, tp), axes ("sp", "tp"), over the instances' devices in order.
+    `post` gets one ProgramReady whenever an executable becomes available, from any thread.
+    `fingerprint` names everything the built functions depend on that is not in `Program` (sources, model, cluster,
+    backend flags: `program_store.fingerprint`); executables in the store are found by it.
+    `threads`: executables made at once during `warm_up`.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Program], StepFunction],
+        mesh_of: Callable[[Instances], Mesh],
+        store: ProgramStore | None,
+        post: Callable[[ProgramReady], None],
+        fingerprint: str,
+        *,
+        threads: int = 2,
+    ):
+        self._mesh_of = mesh_of
+        self._post = post
+        self._threads = threads
+        self._compiled: dict[tuple[Program, Instances], jax.stages.Compiled] = {}
+        self._lock = threading.Lock()  # the small tables below
+        self._program_locks: defaultdict[Program, threading.Lock] = defaultdict(threading.Lock)
+        self._maker = _Maker(build, store, fingerprint)
+        self._ready = False
+        self._after_ready: Counter[tuple[Path, Origin]] = Counter()
+        self._watch = _CompileWatch()
+        self._pending: set[tuple[Program, Instances]] = set()
+        self._requests: queue.SimpleQueue[tuple[Program, Instances] | None] = queue.SimpleQueue()
+        self._background = threading.Thread(target=self._serve_requests, name="programs", daemon=True)
+        self._background.start()
+
+    def get(self, program: Program, instances: Instances) -> jax.stages.Compiled | None:
+        """The executable, or None where there is none yet."""
+        return self._compiled.get((program, instances))
+
+    def compile(self, program: Program, instances: Instances) -> jax.stages.Compiled:
+        """The executable, made now in this thread if need be. After `mark_ready` making one here is a stall of the
+        serving path and counted as such. The mesh must hold a device of this process."""
+        return self._ensure(program, instances, Path.SERVING)
+
+    def prepare(self, program: Program, instances: Instances) -> None:
+        """Have it made in the background; answered by ProgramReady, at once if it is there. A failure is logged, and
+        the next `prepare` tries again. Does nothing in a process without a device in the mesh."""
+        key = (program, instances)
+        if not self._is_ours(instances):
+            return
+        with self._lock:
+            available = key in self._compiled
+            if not available and key not in self._pending:
+                self._pending.add(key)
+                self._requests.put(key)
+        if available:
+            self._post(ProgramReady(program, instances))
+
+    def warm_up(
+        self,
+        programs_and_sets: Sequence[tuple[Program, Instances]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Make all of them before serving. `progress(done, total)` is called in this thread. Raises what a compile
+        raises."""
+        wanted = [key for key in programs_and_sets if self._is_ours(key[1])]
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="warm-up") as pool:
+            futures = [pool.submit(self._ensure, *key, Path.WARM_UP) for key in _one_of_each_first(wanted)]
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    if progress is not None:
+                        progress(done, len(wanted))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def mark_ready(self) -> None:
+        """From here on the serving path should compile nothing."""
+        self._ready = True
+        self._watch.start()
+
+    @property
+    def ready(self) -> tuple[tuple[Program, Instances], ...]:
+        """All executables at hand."""
+        return tuple(self._compiled.copy())
+
+    @property
+    def compiles_after_ready(self) -> int:
+        """Backend compiles that `compile` made the serving path wait for since `mark_ready`."""
+        return self._after_ready[Path.SERVING, Origin.COMPILE]
+
+    @property
+    def loads_after_ready(self) -> int:
+        """Executables the serving path waited for since `mark_ready` without a backend compile."""
+        return self._after_ready[Path.SERVING, Origin.STORE] + self._after_ready[Path.SERVING, Origin.RETARGET]
+
+    @property
+    def background_compiles_after_ready(self) -> int:
+        return self._after_ready[Path.BACKGROUND, Origin.COMPILE]
+
+    @property
+    def stray_compiles_after_ready(self) -> int:
+        """Backend compiles of the whole JAX process since `mark_ready` that were none of ours: an operation outside the
+        programs met a new shape."""
+        return self._watch.num_stray
+
+    def close(self) -> None:
+        """Stop the background thread: waits for the compile it is in; requests still queued are dropped."""
+        with self._lock:
+            self._pending.clear()
+        self._requests.put(None)
+        self._background.join()
+        self._watch.close()
+
+    def _ensure(self, program: Program, instances: Instances, path: Path) -> jax.stages.Compiled:
+        key = (program, instances)
+        # One at a time per program: whoever comes second retargets what the first has compiled.
+        with self._program_lock(program):
+            compiled = self._compiled.get(key)
+            if compiled is not None:
+                return compiled
+            with self._watch.ours():
+                compiled, origin = self._maker.make(program, self._mesh_of(instances))
+            self._compiled[key] = compiled
+        if self._ready:
+            with self._lock:
+                self._after_ready[path, origin] += 1
+            if path is Path.SERVING:
+                log.warning("%s on %s was missing in the serving path (%s)", program, instances, origin)
+        self._post(ProgramReady(program, instances))
+        return compiled
+
+    def _program_lock(self, program: Program) -> threading.Lock:
+        with self._lock:
+            return self._program_locks[program]
+
+    def _serve_requests(self) -> None:
+        while (key := self._requests.get()) is not None:
+            with self._lock:
+                if key not in self._pending:  # closed
+                    continue
+                # Before the work, so that a `prepare` that comes while it fails is a new request, not a lost one.
+                self._pending.discard(key)
+            try:
+                self._ensure(*key, Path.BACKGROUND)
+            except Exception:
+                log.exception("cannot make %s on %s", *key)
+
+    def _is_ours(self, instances: Instances) -> bool:
+        here = jax.process_index()
+        return any(device.process_index == here for device in self._mesh_of(instances).devices.flat)
+
+
+class _Maker:
+    """Makes executables: memory, then store, then a compile. Knows nothing of who asks. Calls for the same program
+    must not overlap."""
+
+    def __init__(self, build: Callable[[Program], StepFunction], store: ProgramStore | None, fingerprint: str):
+        self._build = build
+        self._store = store
+        self._fingerprint = fingerprint
+        self._jitted: dict[Program, tuple[StepFunction, Callable[..., Any]]] = {}
+        self._serialized: dict[Program, Serialized] = {}
+        self._environment: dict[str, Any] = {}
+        self._may_retarget: bool | None = None
+        self._verify_lock = threading.Lock()
+        self._trace_lock = threading.Lock()
+
+    def make(self, program: Program, mesh: Mesh) -> tuple[jax.stages.Compiled, Origin]:
+        devices = tuple(mesh.devices.flat)
+        if jax.process_count() > 1:
+            return self._compile(program, mesh), Origin.COMPILE
+        movable = self._is_movable(devices[0])
+        if movable and (compiled := self._retarget(program, devices)) is not None:
+            return compiled, Origin.RETARGET
+        key = self._key(program, mesh, movable) if self._store is not None else {}
+        if (compiled := self._load(program, key, devices)) is not None:
+            return compiled, Origin.STORE
+        with retarget.uncached():
+            compiled, from_cache = _heard(_CACHE_HIT_EVENT, lambda: self._compile(program, mesh))
+        if not from_cache:
+            self._keep(program, key, compiled, devices)
+        return compiled, Origin.COMPILE
+
+    def _retarget(self, program: Program, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+        serialized = self._serialized.get(program)
+        if serialized is None:
+            return None
+        try:
+            return retarget.load(serialized, devices)
+        except RetargetError as error:
+            log.warning("%s does not load on %s: %s", program, devices, error)
+            del self._serialized[program]
+            return None
+
+    def _load(self, program: Program, key: dict[str, Any], devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+        serialized = self._store.get(key) if self._store is not None else None
+        if serialized is None:
+            return None
+        try:
+            compiled = retarget.load(serialized, devices)
+        except RetargetError as error:
+            log.warning("%s from the store does not load: %s", program, error)
+            self._store.discard(key)
+            return None
+        self._serialized[program] = serialized
+        return compiled
+
+    def _keep(
+        self, program: Program, key: dict[str, Any], compiled: jax.stages.Compiled, devices: Sequence[jax.Device]
+    ) -> None:
+        try:
+            serialized = retarget.serialize(compiled, devices)
+        except RetargetError as error:
+            log.info("%s is compiled anew for each device set: %s", program, error)
+            return
+        self._serialized[program] = serialized
+        if self._store is not None:
+            self._store.put(key, serialized)
+
+    def _compile(self, program: Program, mesh: Mesh) -> jax.stages.Compiled:
+        # Tracing holds the GIL, so it is done one at a time; the compile itself releases it. The trace is cached by
+        # JAX under the abstract mesh: for the next device set of this size only the lowering's shardings are new.
+        with self._trace_lock, jax.set_mesh(mesh):
+            if program not in self._jitted:
+                step = self._build(program)
+                self._jitted[program] = step, jax.jit(step.function, donate_argnums=step.donate)
+            step, jitted = self._jitted[program]
+            lowered = jitted.lower(*_placed(step, mesh))
+        with jax.set_mesh(mesh):
+            return lowered.compile()
+
+    def _is_movable(self, device: jax.Device) -> bool:
+        with self._verify_lock:
+            if self._may_retarget is None:
+                self._environment = environment(device)
+                local = jax.local_devices(backend=device.platform)
+                self._may_retarget = retarget.verify(local[:_PROBE_DEVICES])
+                log.info("retargeting of executables: %s", "on" if self._may_retarget else "off, each set is compiled")
+            return self._may_retarget
+
+    def _key(self, program: Program, mesh: Mesh, movable: bool) -> dict[str, Any]:
+        return {
+            **self._environment,
+            "fingerprint": self._fingerprint,
+            "phase": program.phase.value,
+            "dop": program.dop,
+            "bucket": program.bucket,
+            "mesh": list(mesh.devices.shape),
+            "axes": ",".join(map(str, mesh.axis_names)),
+            "devices": [] if movable else [device.id for device in mesh.devices.flat],
+        }
+
+
+class _CompileWatch:
+    """Counts backend compiles of the process that happen outside `ours()`, from `start` on."""
+
+    def __init__(self) -> None:
+        self.num_stray = 0
+        self._thread = threading.local()
+        self._started = False
+
+    def start(self) -> None:
+        if not self._started:
+            self._started = True
+            monitoring.register_event_duration_secs_listener(self._on_duration)
+
+    def close(self) -> None:
+        if self._started:
+            monitoring.unregister_event_duration_listener(self._on_duration)
+            self._started = False
+
+    @contextlib.contextmanager
+    def ours(self) -> Iterator[None]:
+        self._thread.ours = True
+        try:
+            yield
+        finally:
+            self._thread.ours = False
+
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
+        # JAX calls this in the compiling thread.
+        if event == _BACKEND_COMPILE_EVENT and not getattr(self._thread, "ours", False):
+            self.num_stray += 1
+
+
+def _heard(event: str, action: Callable[[], Any]) -> tuple[Any, bool]:
+    """The result of `action`, and whether JAX recorded `event` in this thread meanwhile."""
+    here = threading.get_ident()
+    heard = []
+
+    def listen(name: str, **_: Any) -> None:
+        if name == event and threading.get_ident() == here:
+            heard.append(name)
+
+    monitoring.register_event_listener(listen)
+    try:
+        return action(), bool(heard)
+    finally:
+        monitoring.unregister_event_listener(listen)
+
+
+def _placed(step: StepFunction, mesh: Mesh) -> tuple[Any, ...]:
+    """The arguments' structs with their shardings on `mesh`."""
+
+    def place(spec: PartitionSpec, argument: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), argument)
+
+    return jax.tree.map(place, step.specs, step.arguments, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+
+def _one_of_each_first(wanted: Sequence[tuple[Program, Instances]]) -> list[tuple[Program, Instances]]:
+    """Threads should not queue for one program while others wait for their first compile."""
+    seen: set[Program] = set()
+    first, rest = [], []
+    for key in wanted:
+        (rest if key[0] in seen else first).append(key)
+        seen.add(key[0])
+    return first + rest
+
+
+def device_sets(num_instances: int, dops: Iterable[int], platform: str) -> list[Instances]:
+    """The sets of instances a program may run on, as sorted tuples, each DoP's together.
+
+    CPU: arcs, wrapping around. TPU and GPU, where each new set costs a compile or a communicator: first, over all
+    DoPs, the aligned blocks of a power of two, then the other arcs.
+    """
+    arcs = [arc for dop in dops for arc in _arcs(num_instances, dop)]
+    if platform == "cpu":
+        return arcs
+    return sorted(arcs, key=lambda arc: not _is_aligned(arc))  # stable
+
+
+def _arcs(num_instances: int, dop: int) -> list[Instances]:
+    starts = range(1 if dop == num_instances else num_instances)
+    return [tuple(sorted((start + rank) % num_instances for rank in range(dop))) for start in starts]
+
+
+def _is_aligned(instances: Instances) -> bool:
+    dop = len(instances)
+    return dop & (dop - 1) == 0 and instances[0] % dop == 0 and instances[-1] - instances[0] == dop - 1
+
+
+def on_sets(programs: Iterable[Program], sets: Iterable[Instances]) -> list[tuple[Program, Instances]]:
+    """Every program with every set of its size."""
+    sets = list(sets)
+    return [(program, instances) for program in programs for instances in sets if len(instances) == program.dop]
