@@ -1,0 +1,75 @@
+"""The single-device oracle: what every elastic execution must reproduce.
+
+What it is: the decoder with exact dense causal attention, queries in blocks so that a prompt of some thousand tokens fits.
+What it is not: fast, paged, or a user of any kernel; it shares nothing with `pallas_kernels` or `esp`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from loong_jax.config import ModelConfig
+from loong_jax.model.llama import Params, decode_stack, logits
+
+QUERY_BLOCK = 256
+
+
+def causal_attention(
+    q: Float[Array, "tok head dim"], k: Float[Array, "tok kvh dim"], v: Float[Array, "tok kvh dim"]
+) -> Float[Array, "tok head dim"]:
+    """Exact softmax attention of each token to itself and all before it, in float32. The number of tokens is at most
+    QUERY_BLOCK or a multiple of it."""
+    num_tokens, num_heads, dim = q.shape
+    block = min(QUERY_BLOCK, num_tokens)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    def attend_block(args):
+        first, rows = args  # rows: [block, kvh, grp, dim]
+        scores = jnp.einsum("tkgd,skd->kgts", rows, k, precision="highest") * dim**-0.5
+        visible = jnp.arange(num_tokens)[None, :] <= first + jnp.arange(block)[:, None]
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("kgts,skd->tkgd", weights, v, precision="highest")
+
+    grouped = q.astype(jnp.float32).reshape(num_tokens // block, block, k.shape[1], -1, dim)
+    out = jax.lax.map(attend_block, (jnp.arange(0, num_tokens, block), grouped))
+    return out.reshape(num_tokens, num_heads, dim).astype(q.dtype)
+
+
+@partial(jax.jit, static_argnames="config")
+def _logprobs(params: Params, config: ModelConfig, tokens: Array) -> Array:
+    def attend(carry, layer, q, k, v):
+        return causal_attention(q, k, v), carry
+
+    hidden, _ = decode_stack(params, config, tokens, jnp.arange(tokens.shape[0]), attend, None)
+    return jax.nn.log_softmax(logits(params, config, hidden), axis=-1)
+
+
+class Oracle:
+    """Log-probabilities of whole token sequences on one device."""
+
+    def __init__(self, config: ModelConfig, params: Params):
+        """`params`: the tree of one tensor-parallel rank at tp = 1, without its tp axis."""
+        self.config = config
+        self.params = params
+
+    def logprobs(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """f32[len(tokens), vocab_size]; row p is the distribution of token p + 1."""
+        tokens = np.asarray(tokens, np.int32)
+        # Padding on the right is invisible to causal attention; few lengths mean few compilations.
+        padded = 16
+        while padded < min(len(tokens), QUERY_BLOCK):
+            padded *= 2
+        padded = -(-len(tokens) // padded) * padded
+        rows = _logprobs(self.params, self.config, jnp.asarray(np.pad(tokens, (0, padded - len(tokens)))))
+        return np.asarray(rows)[: len(tokens)]
+
+    def greedy(self, tokens: Sequence[int] | np.ndarray, num_tokens: int) -> list[int]:
+        """The `num_tokens` most likely next tokens, one forward pass each."""
+        out = list(np.asarray(tokens))
+        for _ in range(num_tokens):
+            out.append(int(self.logprobs(out)[-1].argmax()))
+        return out[len(tokens) :]
