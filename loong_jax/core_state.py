@@ -1,0 +1,145 @@
+"""All mutable state of the manager in one place: requests, instances, steps in flight, programs, the ledger.
+
+What it is: plain fields and the few operations that keep them consistent.
+What it is not: decisions (`policy/`), reactions to events (`manager.py`), or the making of commands (`issue.py`).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from typing import NamedTuple
+
+from loong_jax.config import ClusterConfig, LimitsConfig
+from loong_jax.ledger import Ledger
+from loong_jax.request_state import NO_SLOT, RequestState
+from loong_jax.types import InstanceView, Program, Reservation
+
+MAX_QUEUED_STEPS = 2
+"""INV-6: one running and one queued step per instance."""
+
+
+class Step(NamedTuple):
+    """A step in flight. `samples`: (request, index of the token it samples) in the order of `StepDone.tokens`;
+    `requests`: every request whose KV the step touches."""
+
+    step: int
+    instances: tuple[int, ...]
+    is_prefill: bool
+    samples: tuple[tuple[int, int], ...]
+    requests: tuple[int, ...]
+
+
+class CoreState:
+    def __init__(self, cluster: ClusterConfig, limits: LimitsConfig) -> None:
+        self.cluster = cluster
+        self.limits = limits
+        self.ledger = Ledger(cluster)
+        self.requests: dict[int, RequestState] = {}  # unfinished
+        self.active: list[int] = []  # with a slot, in arrival order
+        self.waiting: dict[int, None] = {}  # without, in arrival order
+        self.free_slots = list(range(cluster.slots - 1, -1, -1))
+        self.steps: dict[int, Step] = {}
+        self.next_step = 0
+        self.queued = [0] * cluster.num_instances
+        self.prefilling = [0] * cluster.num_instances
+        self.alive = [True] * cluster.num_instances
+        # Instances that get no step until those in flight came back; True: then their pool is made anew.
+        self.blocked: dict[int, bool] = {}
+        self.ready: frozenset[tuple[Program, tuple[int, ...]]] = frozenset()
+        self.preparing: set[tuple[Program, tuple[int, ...]]] = set()
+        self.reservations: dict[int, Reservation] = {}
+        self.draining = False
+        self.num_admitted = 0
+        self.num_finished = 0
+        self.now_us = 0
+
+    # ---- instances
+
+    def has_room(self, instance: int) -> bool:
+        """May `instance` be given a step now?"""
+        return (
+            self.queued[instance] < MAX_QUEUED_STEPS and self.alive[instance] and instance not in self.blocked
+        )
+
+    def instance_views(self) -> tuple[InstanceView, ...]:
+        ledger, blocked = self.ledger, self.blocked
+        return tuple(
+            InstanceView(
+                i,
+                ledger.free_pages(i),
+                ledger.num_pages,
+                MAX_QUEUED_STEPS if i in blocked else queued,
+                self.prefilling[i],
+                self.alive[i],
+            )
+            for i, queued in enumerate(self.queued)
+        )
+
+    @property
+    def capacity_tokens(self) -> int:
+        """KV positions that the largest group of living instances can hold: no request may need more."""
+        alive = sum(self.alive)
+        dop = max((d for d in self.cluster.ladder.dops if d <= alive), default=0)
+        return dop * self.cluster.pages_per_instance * self.cluster.page_tokens
+
+    # ---- requests
+
+    @property
+    def free_places(self) -> int:
+        """How many waiting requests may start now."""
+        return min(self.limits.max_running - len(self.active), len(self.free_slots))
+
+    def start(self, request: RequestState) -> None:
+        """A waiting request gets a slot."""
+        del self.waiting[request.id]
+        request.slot = self.free_slots.pop()
+        insort(self.active, request.id)
+
+    def remove(self, request: RequestState) -> None:
+        """The request reached its end; its KV is already freed. Its slot may be reused at once: a step that still
+        writes it was enqueued before any step of the next user."""
+        del self.requests[request.id]
+        self.reservations.pop(request.id, None)
+        if request.slot == NO_SLOT:
+            del self.waiting[request.id]
+        else:
+            self.active.remove(request.id)
+            self.free_slots.append(request.slot)
+        self.num_finished += 1
+
+    # ---- steps
+
+    def open_step(
+        self,
+        instances: tuple[int, ...],
+        samples: tuple[tuple[int, int], ...],
+        requests: tuple[int, ...],
+        *,
+        is_prefill: bool = False,
+    ) -> int:
+        step = self.next_step
+        self.next_step = step + 1
+        self.steps[step] = Step(step, instances, is_prefill, samples, requests)
+        for instance in instances:
+            self.queued[instance] += 1
+            self.prefilling[instance] += is_prefill
+        for request in requests:
+            state = self.requests[request]
+            state.steps.append(step)
+            state._view = None
+        return step
+
+    def close_step(self, step: int) -> Step | None:
+        """The step is done or lost; None when it is not in flight."""
+        record = self.steps.pop(step, None)
+        if record is None:
+            return None
+        for instance in record.instances:
+            self.queued[instance] -= 1
+            self.prefilling[instance] -= record.is_prefill
+        for request in record.requests:
+            state = self.requests.get(request)
+            if state is not None:
+                state.steps.remove(step)
+                state._view = None
+        return record

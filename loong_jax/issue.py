@@ -1,0 +1,293 @@
+"""From a plan to commands: every rule is checked, then pages are taken and the step is in flight.
+
+What it is: one function per planned thing. KV, homes and lengths change at *issue*, because a device runs its programs
+in order. A plan that breaks a rule is our bug, never the world's: `PlanError` names the rule (INV-10 is one of them).
+What it is not: a choice of anything. Nothing is corrected here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from loong_jax import buckets
+from loong_jax.core_state import MAX_QUEUED_STEPS, CoreState
+from loong_jax.request_state import NO_SLOT, RequestState, whole
+from loong_jax.types import (
+    ContextForm,
+    DecodeRow,
+    Free,
+    Migrate,
+    PageMove,
+    Phase,
+    PlannedDecode,
+    PlannedEvict,
+    PlannedMigrate,
+    PlannedPrefill,
+    PlannedPrefillRow,
+    PrefillRow,
+    Program,
+    Rehome,
+    Run,
+    RunDecode,
+    RunPrefill,
+)
+
+
+class PlanError(RuntimeError):
+    """A policy's plan breaks a rule. The message names it."""
+
+
+def _require(condition: bool, rule: str, *details: object) -> None:
+    if not condition:
+        raise PlanError(f"{rule}: {', '.join(map(str, details))}" if details else rule)
+
+
+def evict(state: CoreState, planned: PlannedEvict) -> Free:
+    request = _request(state, planned.request)
+    _require(not request.steps, "evict: request has a step in flight", request.id)
+    held = tuple(sorted(state.ledger.tokens(request.id)))
+    _require(bool(held), "evict: request holds no KV", request.id)
+    state.ledger.free(request.id, held)
+    request.holes = whole(request.issued - 1)
+    request.num_evictions += 1
+    request.changed()
+    return Free(request.id, held)
+
+
+def migrate(state: CoreState, planned: PlannedMigrate) -> list[Migrate]:
+    """As many commands of `move_pages` pages as the queues of both instances take; what is left waits for the next plan."""
+    rehome = planned.rehome
+    request = _request(state, rehome.request)
+    pair = tuple(sorted((rehome.src, rehome.dst)))
+    move_pages = state.cluster.ladder.move_pages
+    _check_group(state, pair, Program(Phase.MIGRATE, 2, move_pages))
+    steps = MAX_QUEUED_STEPS - max(state.queued[i] for i in pair)
+    num_pages = min(rehome.pages, steps * move_pages)
+    _check_rehome(state, rehome, num_pages)
+    out = []
+    for first in range(0, num_pages, move_pages):
+        moves = _take_moves(state, rehome.request, rehome.src, rehome.dst, min(move_pages, num_pages - first))
+        for move in moves:
+            state.ledger.move(move)
+        step = state.open_step(pair, (), (request.id,))
+        out.append(Migrate(step, pair, moves))
+    return out
+
+
+def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
+    requests, ledger = state.requests, state.ledger
+    instances = planned.instances
+    group = set(instances)
+    rows, samples, ids, masters = [], [], [], dict.fromkeys(instances, 0)
+    _check_free_group(state, instances)
+    for planned_row in planned.rows:
+        master = planned_row.master
+        request = requests.get(planned_row.request)
+        _require(request is not None and request.id not in ids, "decode: row is no live request", planned_row)
+        issued, known = request.issued, len(request.tokens)
+        if request.holes or issued >= request.end or master not in group or not group.issuperset(ledger.tokens(request.id)):
+            _check_decode_row(state, request, master, group)
+        if request.slot == NO_SLOT:
+            _start(state, request)
+        if issued == known:
+            token = request.tokens[-1]
+        else:
+            token = -1
+            _require(master in request.device_group, "decode: master did not sample the newest token", planned_row)
+        masters[master] += 1
+        position = issued - 1
+        if not ledger.free_pages(master):
+            tail = ledger.open_page(request.id, position, master)
+            _require(tail is not None and tail[0] == master, "INV-10: decode: no free page on the master", planned_row)
+        page, run = ledger.extend(request.id, master, position)
+        request.issued = issued + 1
+        request.device_group = instances
+        request.last_master = master
+        rows.append(
+            DecodeRow(request.id, request.slot, position, token, master, page, run, request.sampling)
+        )
+        samples.append((request.id, issued))
+        ids.append(request.id)
+    _require(bool(rows), "decode: no rows", instances)
+    bucket = buckets.decode_bucket(max(masters.values()), state.cluster.ladder)
+    _require(bucket is not None, "decode: more rows on a master than the largest bucket", masters)
+    _check_ready(state, instances, Program(Phase.DECODE, len(instances), bucket))
+    step = state.open_step(instances, tuple(samples), tuple(ids))
+    return RunDecode(step, instances, bucket, tuple(rows))
+
+
+def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
+    instances = planned.instances
+    ladder, page_tokens = state.cluster.ladder, state.cluster.page_tokens
+    _check_free_group(state, instances)
+    _require(1 <= len(planned.rows) <= ladder.prefill_rows, "prefill: number of rows", len(planned.rows))
+    requests = [_check_prefill_row(state, row, set(instances)) for row in planned.rows]
+    _require(len({r.id for r in requests}) == len(requests), "prefill: a request twice", planned.rows)
+    units = [buckets.units(row.runs, page_tokens) for row in planned.rows]
+    num_units = sum(map(len, units))
+    bucket = buckets.prefill_bucket(num_units, len(instances), ladder, page_tokens)
+    _require(bucket is not None, "prefill: more units than the largest bucket", num_units)
+    _check_ready(state, instances, Program(Phase.PREFILL, len(instances), bucket))
+    _check_keep(state, planned, num_units)
+    # All pages are taken before any moved page is released: within one program a page is either read or written.
+    moves = tuple(
+        move
+        for rehome in planned.rehome
+        for move in _take_moves(state, rehome.request, rehome.src, rehome.dst, rehome.pages)
+    )
+    homes = [share.instance for share in planned.keep for _ in range(share.pages)]
+    pages = [state.ledger.reserve(share.instance, share.pages) for share in planned.keep]
+    pages = [page for taken in pages for page in taken]
+    rows, samples, first = [], [], 0
+    for request, row, pieces in zip(requests, planned.rows, units, strict=True):
+        last = first + len(pieces)
+        rows.append(_prefill_row(state, request, row.runs, pieces, homes[first:last], pages[first:last]))
+        if rows[-1].emit:
+            samples.append((request.id, request.issued))
+            request.issued += 1
+            request.device_group = instances
+        first = last
+    for move in moves:
+        state.ledger.move(move)
+    step = state.open_step(instances, tuple(samples), tuple(r.id for r in requests), is_prefill=True)
+    return RunPrefill(step, instances, bucket, planned.form, tuple(rows), moves)
+
+
+def _prefill_row(
+    state: CoreState,
+    request: RequestState,
+    runs: tuple[Run, ...],
+    units: Sequence[Run],
+    homes: Sequence[int],
+    pages: Sequence[int],
+) -> PrefillRow:
+    if request.slot == NO_SLOT:
+        _start(state, request)
+    for unit, home, page in zip(units, homes, pages, strict=True):
+        state.ledger.commit(request.id, home, page, unit)
+    emit = runs[-1].end == request.known
+    request.last_master = homes[-1]
+    request.holes = tuple(_subtract(request.holes, runs))
+    tokens = b"".join(request.tokens[run.first : run.end].tobytes() for run in runs)
+    return PrefillRow(
+        request.id, request.slot, runs, tokens, tuple(homes), tuple(pages), emit, request.sampling
+    )
+
+
+def _take_moves(state: CoreState, request: int, src: int, dst: int, num_pages: int) -> tuple[PageMove, ...]:
+    """Moves of the lowest `num_pages` pages from `src`, with pages reserved on `dst`; the ledger has not moved them yet."""
+    entries = state.ledger.table.pages(request, src)[:num_pages]
+    pages = state.ledger.reserve(dst, len(entries))
+    return tuple(
+        PageMove(request, src, entry.page, dst, page, Run(entry.first, entry.count))
+        for entry, page in zip(entries, pages, strict=True)
+    )
+
+
+def _subtract(holes: Iterable[Run], runs: tuple[Run, ...]) -> Iterable[Run]:
+    """`holes` without the positions of `runs` (both ascending; a run may reach beyond the holes)."""
+    for hole in holes:
+        position = hole.first
+        for run in runs:
+            if run.end <= position:
+                continue
+            if run.first >= hole.end:
+                break
+            if run.first > position:
+                yield Run(position, run.first - position)
+            position = run.end
+        if position < hole.end:
+            yield Run(position, hole.end - position)
+
+
+# ---- rules
+
+
+def _request(state: CoreState, request: int) -> RequestState:
+    found = state.requests.get(request)
+    if found is None:
+        raise PlanError(f"plan: request {request} is not live")
+    return found
+
+
+def _start(state: CoreState, request: RequestState) -> None:
+    _require(state.free_places > 0, "plan: no place for a waiting request", request.id)
+    state.start(request)
+
+
+def _check_free_group(state: CoreState, instances: tuple[int, ...]) -> None:
+    _require(list(instances) == sorted(set(instances)), "group: instances are not sorted and unique", instances)
+    _require(len(instances) in state.cluster.ladder.dops, "group: its size is no DoP of the ladder", instances)
+    for instance in instances:
+        _require(0 <= instance < state.cluster.num_instances, "group: no such instance", instance)
+        _require(state.has_room(instance), "INV-6: group: instance takes no step now", instance, state.queued[instance])
+
+
+def _check_ready(state: CoreState, instances: tuple[int, ...], program: Program) -> None:
+    _require((program, instances) in state.ready, "group: program is not READY", program, instances)
+
+
+def _check_group(state: CoreState, instances: tuple[int, ...], program: Program) -> None:
+    _check_free_group(state, instances)
+    _check_ready(state, instances, program)
+
+
+def _check_decode_row(state: CoreState, request: RequestState, master: int, group: set[int]) -> None:
+    """Says which rule a decode row breaks."""
+    _require(not request.holes, "decode: request lacks KV", request.id, request.holes)
+    _require(request.issued < request.end, "decode: beyond max_tokens", request.id, request.issued, request.end)
+    _require(master in group, "decode: master is not in the group", request.id, master)
+    held = state.ledger.tokens(request.id)
+    _require(group.issuperset(held), "decode: KV outside the group", request.id, sorted(held), sorted(group))
+
+
+def _check_prefill_row(state: CoreState, row: PlannedPrefillRow, group: set[int]) -> RequestState:
+    request = _request(state, row.request)
+    _require(not request.steps, "prefill: request has a step in flight", request.id)
+    _require(bool(row.runs) and all(run.count > 0 for run in row.runs), "prefill: empty runs", row)
+    held = state.ledger.tokens(request.id)
+    _require(group.issuperset(held), "prefill: KV outside the group", request.id, sorted(held), sorted(group))
+    # Causality: whatever is missing before the last computed position is computed too.
+    end = row.runs[-1].end
+    first_missing = [Run(run.first, min(run.end, end) - run.first) for run in request.missing if run.first < end]
+    _require(_joined(row.runs) == first_missing, "prefill: runs are not the first missing ones", row, request.missing)
+    return request
+
+
+def _joined(runs: Iterable[Run]) -> list[Run]:
+    out: list[Run] = []
+    for run in runs:
+        if out and out[-1].end == run.first:
+            out[-1] = Run(out[-1].first, out[-1].count + run.count)
+        else:
+            out.append(run)
+    return out
+
+
+def _check_keep(state: CoreState, planned: PlannedPrefill, num_units: int) -> None:
+    need: dict[int, int] = {}
+    for share in planned.keep:
+        _require(share.instance in planned.instances and share.pages > 0, "prefill: bad share", share)
+        need[share.instance] = need.get(share.instance, 0) + share.pages
+    _require(sum(need.values()) == num_units, "prefill: keep does not cover the units", planned.keep, num_units)
+    if planned.rehome:
+        _require(planned.form is ContextForm.RING, "prefill: only the ring re-homes context", planned.form)
+    sources: set[tuple[int, int]] = set()
+    rows = {row.request for row in planned.rows}
+    for rehome in planned.rehome:
+        _require(rehome.request in rows, "rehome: request is not in the batch", rehome)
+        _require({rehome.src, rehome.dst} <= set(planned.instances), "rehome: outside the group", rehome)
+        _require((rehome.request, rehome.src) not in sources, "rehome: source named twice", rehome)
+        sources.add((rehome.request, rehome.src))
+        _check_rehome(state, rehome, rehome.pages, need.get(rehome.dst, 0))
+        need[rehome.dst] = need.get(rehome.dst, 0) + rehome.pages
+    for instance, pages in need.items():
+        free = state.ledger.free_pages(instance)
+        _require(pages <= free, "INV-10: prefill: target pages do not fit", instance, pages, free)
+
+
+def _check_rehome(state: CoreState, rehome: Rehome, num_pages: int, also: int = 0) -> None:
+    held = len(state.ledger.table.pages(rehome.request, rehome.src))
+    _require(rehome.src != rehome.dst and 1 <= num_pages <= held, "rehome: no such pages", rehome, held)
+    free = state.ledger.free_pages(rehome.dst) - also
+    _require(num_pages <= free, "INV-10: rehome: target pages do not fit", rehome, free)

@@ -1,0 +1,381 @@
+"""The manager: a deterministic state machine from events to commands (DESIGN 3, 4; LoongServe section 5).
+
+What it is: `handle(event, now_us) -> [command]`. One event changes the state, then the policy plans for the instances
+that have room until it has nothing more to say. Same events, same bytes of commands (INV-7): time is an argument, and
+there is no randomness, no waiting and no I/O.
+What it is not: a policy (`policy/`), the rules of a plan (`issue.py`), or an executor. It is not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from loong_jax import invariants, issue
+from loong_jax.config import ClusterConfig, LimitsConfig
+from loong_jax.core_state import CoreState, Step
+from loong_jax.cost import CostModel
+from loong_jax.request_state import RequestState
+from loong_jax.types import (
+    Aborted,
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    CopyPages,
+    CostUpdated,
+    Drain,
+    Emit,
+    Finish,
+    FinishReason,
+    Fork,
+    Forked,
+    Free,
+    InstanceJoined,
+    InstanceLost,
+    PageCopy,
+    Phase,
+    Plan,
+    Prepare,
+    Program,
+    ProgramReady,
+    Reject,
+    RejectReason,
+    Reset,
+    StepDone,
+    StepFailed,
+    Stopped,
+    Tick,
+    Truncate,
+    View,
+)
+
+
+class Policy(Protocol):
+    """Floor 2. A function of the view and the cost model; it may cache, but not remember decisions."""
+
+    def plan(self, view: View, cost: CostModel) -> Plan: ...
+
+
+class Manager:
+    def __init__(self, cluster: ClusterConfig, limits: LimitsConfig, policy: Policy, cost: CostModel) -> None:
+        self.policy = policy
+        self.cost = cost
+        self.state = CoreState(cluster, limits)
+        self._out: list[AnyCommand] = []
+        self._handlers = {
+            StepDone: self._on_step_done,
+            Arrived: self._on_arrived,
+            StepFailed: self._on_step_failed,
+            Aborted: self._on_aborted,
+            Stopped: self._on_stopped,
+            Forked: self._on_forked,
+            ProgramReady: self._on_program_ready,
+            CostUpdated: self._on_cost_updated,
+            InstanceLost: self._on_instance_lost,
+            InstanceJoined: self._on_instance_joined,
+            Drain: self._on_drain,
+            Tick: self._on_tick,
+        }
+
+    def handle(self, event: AnyEvent, now_us: int) -> list[AnyCommand]:
+        """Commands in the order in which every device must see them.
+
+        Raises `PlanError` when the policy breaks a rule and `InvariantError` when the clock runs backwards: both are
+        our bugs.
+        """
+        state = self.state
+        if now_us < state.now_us:
+            raise invariants.InvariantError(f"INV-3: the clock ran back from {state.now_us} to {now_us}")
+        state.now_us = now_us
+        self._out = []
+        self._handlers[type(event)](event)
+        if state.blocked:
+            self._unblock()
+        self._plan()
+        return self._out
+
+    def check(self) -> None:
+        """All invariants; cost grows with pages in use. Raises `InvariantError`."""
+        invariants.check(self.state)
+
+    def view(self) -> View:
+        """What the policy sees now."""
+        state = self.state
+        requests, ledger = state.requests, state.ledger
+        shown = [requests[r].view(ledger) for r in state.active]
+        if state.waiting:
+            places = state.free_places
+            shown += [requests[r].view(ledger) for r, _ in zip(state.waiting, range(places))]  # noqa: B905
+        return View(state.now_us, ledger.page_tokens, state.instance_views(), tuple(shown), state.ready)
+
+    def describe(self) -> str:
+        """The state as text: a line per instance and per request."""
+        return invariants.describe(self.state)
+
+    # ---- events
+
+    def _on_arrived(self, event: Arrived) -> None:
+        state = self.state
+        if len(event.prompt) == 0 or len(event.prompt) % 4 or event.max_tokens < 1:
+            raise ValueError(f"request {event.request}: empty or broken prompt, or max_tokens < 1")
+        state.num_admitted += 1
+        request = RequestState(
+            event.request, state.now_us, event.prompt, event.max_tokens, event.sampling, event.stop_ids
+        )
+        if self._admit(request):
+            self._enqueue(request)
+
+    def _admit(self, request: RequestState) -> bool:
+        """Reject at once what can never be served or may not wait."""
+        state = self.state
+        need = request.end - 1
+        if state.draining:
+            self._reject(request, RejectReason.DRAINING, "the server is draining")
+        elif need > state.capacity_tokens:
+            self._reject(request, RejectReason.TOO_LARGE, self._too_large(request))
+        elif len(state.waiting) >= state.limits.max_waiting:
+            message = f"{len(state.waiting)} requests are waiting; at most {state.limits.max_waiting} may"
+            self._reject(request, RejectReason.QUEUE_FULL, message)
+        else:
+            return True
+        return False
+
+    def _too_large(self, request: RequestState) -> str:
+        return (
+            f"prompt of {request.prompt_len} tokens and max_tokens {request.max_tokens} need "
+            f"{request.end - 1} tokens of KV; the pool holds {self.state.capacity_tokens}"
+        )
+
+    def _reject(self, request: RequestState, reason: RejectReason, message: str) -> None:
+        self.state.num_finished += 1
+        self._out.append(Reject(request.id, reason, message))
+
+    def _enqueue(self, request: RequestState) -> None:
+        state = self.state
+        assert request.id not in state.requests, f"request id {request.id} is used twice"
+        state.requests[request.id] = request
+        state.waiting[request.id] = None
+
+    def _on_step_done(self, event: StepDone) -> None:
+        step = self.state.close_step(event.step)
+        if step is None:
+            return
+        if len(event.tokens) != len(step.samples) or len(event.logprobs) != len(step.samples):
+            raise ValueError(f"step {event.step} samples {len(step.samples)} tokens, {len(event.tokens)} came")
+        requests, dop = self.state.requests, len(step.instances)
+        for (request_id, index), token, logprob in zip(step.samples, event.tokens, event.logprobs, strict=True):
+            request = requests.get(request_id)
+            # Gone, or the step before it failed: then this token continues a text that nobody knows.
+            if request is None or index != len(request.tokens):
+                continue
+            request.tokens.append(token)
+            generated = index - request.prompt_len
+            self._out.append(Emit(request_id, generated, (token,), (logprob,), dop))
+            if token in request.stop_ids:
+                self._finish(request, FinishReason.STOP, generated + 1)
+            elif generated + 1 == request.max_tokens:
+                self._finish(request, FinishReason.LENGTH, generated + 1)
+        self._settle(step)
+
+    def _on_step_failed(self, event: StepFailed) -> None:
+        step = self.state.close_step(event.step)
+        lost = set(event.instances) | set(step.instances if step else ())
+        self._block(lost, event.step)
+        self._lose_kv(lost)
+        if step is not None:
+            self._settle(step)
+
+    def _on_instance_lost(self, event: InstanceLost) -> None:
+        state = self.state
+        if not state.alive[event.instance]:
+            return
+        state.alive[event.instance] = False
+        self._block({event.instance}, -1)
+        self._lose_kv({event.instance})
+        for request in list(state.requests.values()):
+            if request.end - 1 > state.capacity_tokens:
+                message = f"instance {event.instance} was lost: {self._too_large(request)}"
+                self._finish(request, FinishReason.ERROR, request.num_generated, message)
+
+    def _on_instance_joined(self, event: InstanceJoined) -> None:
+        state = self.state
+        if not state.alive[event.instance]:
+            state.alive[event.instance] = True
+            state.blocked[event.instance] = True
+
+    def _on_aborted(self, event: Aborted) -> None:
+        request = self.state.requests.get(event.request)
+        if request is not None:
+            self._finish(request, FinishReason.ABORT, request.num_generated)
+
+    def _on_stopped(self, event: Stopped) -> None:
+        request = self.state.requests.get(event.request)
+        if request is not None:
+            self._finish(request, FinishReason.STOP, min(event.num_generated, request.num_generated))
+
+    def _on_forked(self, event: Forked) -> None:
+        state = self.state
+        state.num_admitted += 1
+        parent = state.requests.get(event.parent)
+        if parent is None:
+            state.num_finished += 1
+            message = f"parent {event.parent} has finished"
+            self._out.append(Finish(event.child, FinishReason.ERROR, 0, message))
+            return
+        child = RequestState(
+            event.child, state.now_us, parent.tokens.tobytes(), event.max_tokens, event.sampling, event.stop_ids
+        )
+        if not self._admit(child):
+            return
+        self._enqueue(child)
+        # A child that has to wait for a place shares nothing yet: waiting requests hold no page.
+        if state.free_places > 0:
+            state.start(child)
+            self._share_pages(parent, child)
+
+    def _share_pages(self, parent: RequestState, child: RequestState) -> None:
+        state, move_pages = self.state, self.state.cluster.ladder.move_pages
+        copy = Program(Phase.COPY, 1, move_pages)
+        copy_on = frozenset(
+            i for i in state.ledger.tokens(parent.id) if state.has_room(i) and (copy, (i,)) in state.ready
+        )
+        forked = state.ledger.fork(parent.id, child.id, child.known - 1, copy_on)
+        child.holes = tuple(state.ledger.table.missing(child.id, child.known - 1))
+        parent.changed()  # a shared page is no longer open to it
+        if forked.shared:
+            self._out.append(Fork(parent.id, child.id, forked.shared))
+        if forked.copied is not None:
+            instance, src_page, dst_page, run = forked.copied
+            child.last_master = instance
+            step = state.open_step((instance,), (), (child.id,))
+            self._out.append(CopyPages(step, instance, (PageCopy(child.id, src_page, dst_page, run),)))
+
+    def _on_program_ready(self, event: ProgramReady) -> None:
+        key = (event.program, event.instances)
+        self.state.ready |= {key}
+        self.state.preparing.discard(key)
+
+    def _on_cost_updated(self, event: CostUpdated) -> None:
+        self.cost = self.cost.updated(event.coefficients)
+
+    def _on_drain(self, event: Drain) -> None:
+        self.state.draining = True
+
+    def _on_tick(self, event: Tick) -> None:
+        """Only the plan that follows every event."""
+
+    # ---- ends and losses
+
+    def _finish(self, request: RequestState, reason: FinishReason, num_generated: int, message: str = "") -> None:
+        """The only way out. Pages are free at once: a step in flight that still uses them was enqueued before any step
+        that will be given them."""
+        state = self.state
+        self._out.append(Finish(request.id, reason, num_generated, message))
+        held = tuple(sorted(state.ledger.tokens(request.id)))
+        if held:
+            state.ledger.free(request.id, held)
+            self._out.append(Free(request.id, held))
+        state.remove(request)
+
+    def _block(self, lost: set[int], failed_step: int) -> None:
+        """Every step in flight that was queued after the failed one on a lost instance will fail too, and take the pools of its
+        own group along. All of these get no step until the last one is reported."""
+        state = self.state
+        doomed = set(lost)
+        for step in sorted(state.steps):
+            instances = state.steps[step].instances
+            if step > failed_step and not doomed.isdisjoint(instances):
+                doomed.update(instances)
+        for instance in sorted(doomed):
+            state.blocked[instance] = state.blocked.get(instance, False) or instance in lost
+
+    def _unblock(self) -> None:
+        """Instances that have no step in flight any more are fit for use, after a Reset if their pool was lost."""
+        state = self.state
+        drained = [i for i in sorted(state.blocked) if state.queued[i] == 0 and state.alive[i]]
+        reset = tuple(i for i in drained if state.blocked[i])
+        for instance in drained:
+            del state.blocked[instance]
+        if reset:
+            self._out.append(Reset(reset))
+
+    def _lose_kv(self, instances: Iterable[int]) -> None:
+        state = self.state
+        for request_id in list(state.active):
+            held = state.ledger.tokens(request_id)
+            lost = tuple(i for i in sorted(instances) if i in held)
+            if not lost:
+                continue
+            request = state.requests[request_id]
+            state.ledger.free(request_id, lost)
+            request.holes = tuple(state.ledger.table.missing(request_id, request.issued - 1))
+            request.changed()
+            self._out.append(Free(request_id, lost))
+
+    def _settle(self, step: Step) -> None:
+        """A request with nothing in flight but tokens issued lost them in a failure: it goes on from what is known."""
+        for request_id in step.requests:
+            request = self.state.requests.get(request_id)
+            if request is None or request.steps or request.issued == len(request.tokens):
+                continue
+            known = len(request.tokens)
+            request.issued = known
+            self.state.ledger.truncate(request_id, known - 1)
+            self._out.append(Truncate(request_id, known - 1))
+            request.holes = tuple(self.state.ledger.table.missing(request_id, known - 1))
+            request.changed()
+
+    # ---- planning
+
+    def _plan(self) -> None:
+        """Ask the policy until it has nothing more to say. Each round takes queue room or pages away, so it ends."""
+        state = self.state
+        while state.active or state.waiting:
+            if not any(map(state.has_room, range(len(state.queued)))):
+                return
+            if not self._apply(self.policy.plan(self.view(), self.cost)):
+                return
+
+    def _apply(self, plan: Plan) -> bool:
+        """Whether the plan changed what another plan would see."""
+        state, out = self.state, self._out
+        before = len(out)
+        for evict in plan.evicts:
+            out.append(issue.evict(state, evict))
+        busy: set[int] = set()
+        for migrate in plan.migrates:
+            self._claim(busy, (migrate.rehome.src, migrate.rehome.dst))
+            out.extend(issue.migrate(state, migrate))
+        for prefill in plan.prefills:
+            self._claim(busy, prefill.instances)
+            out.append(issue.prefill(state, prefill))
+        for decode in plan.decodes:
+            self._claim(busy, decode.instances)
+            out.append(issue.decode(state, decode))
+        changed = len(out) > before
+        for prepare in plan.prepares:
+            key = (prepare.program, prepare.instances)
+            if key not in state.ready and key not in state.preparing:
+                state.preparing.add(key)
+                out.append(Prepare(prepare.program, prepare.instances))
+        if plan.reservations or state.reservations:
+            self._reserve(plan)
+        return changed
+
+    @staticmethod
+    def _claim(busy: set[int], instances: tuple[int, ...]) -> None:
+        if not busy.isdisjoint(instances):
+            raise issue.PlanError(f"plan: an instance serves two groups: {instances}")
+        busy.update(instances)
+
+    def _reserve(self, plan: Plan) -> None:
+        """A reservation that is renewed keeps its end; one that is not renewed ends."""
+        state = self.state
+        kept = {}
+        for reservation in plan.reservations:
+            if reservation.until_us > state.now_us + state.limits.hold_us:
+                raise issue.PlanError(f"INV-8: reservation beyond hold_us: {reservation}")
+            kept[reservation.request] = state.reservations.get(reservation.request, reservation)
+        state.reservations = kept
+
+

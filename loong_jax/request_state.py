@@ -1,0 +1,113 @@
+"""One unfinished request, as the manager keeps it. Mutable; only `manager.py` and `issue.py` change it.
+
+Lengths (see `types.py`): `known` tokens are on the host, `issued` counts one more for each token being sampled by a
+step in flight. KV lies in `[0, issued - 1)` except `holes`; position `issued - 1` is the next step's input.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from loong_jax.ledger import Ledger
+from loong_jax.types import RequestView, Resident, Run, Sampling, TokenBytes
+
+NO_SLOT = -1
+
+
+class RequestState:
+    __slots__ = (
+        "id", "arrived_us", "slot", "tokens", "prompt_len", "max_tokens", "sampling", "stop_ids", "issued", "holes",
+        "steps", "device_group", "last_master", "num_evictions", "_view",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: int,
+        arrived_us: int,
+        prompt: TokenBytes | array[int],
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Iterable[int],
+    ) -> None:
+        self.id = request
+        self.arrived_us = arrived_us
+        self.slot = NO_SLOT
+        self.tokens = array("i")
+        self.tokens.frombytes(bytes(prompt))
+        self.prompt_len = len(self.tokens)
+        self.max_tokens = max_tokens
+        self.sampling = sampling
+        self.stop_ids = frozenset(stop_ids)
+        self.issued = self.prompt_len
+        self.holes: tuple[Run, ...] = whole(self.prompt_len - 1)
+        self.steps: list[int] = []
+        self.device_group: tuple[int, ...] = ()
+        self.last_master = -1
+        self.num_evictions = 0
+        self._view: RequestView | None = None
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def end(self) -> int:
+        """Tokens it has when it reaches `max_tokens`."""
+        return self.prompt_len + self.max_tokens
+
+    @property
+    def missing(self) -> tuple[Run, ...]:
+        """Positions of `[0, known)` without KV, ascending."""
+        if self.issued > len(self.tokens):
+            return self.holes
+        last = self.issued - 1
+        if self.holes and self.holes[-1].end == last:
+            return (*self.holes[:-1], Run(self.holes[-1].first, self.holes[-1].count + 1))
+        return (*self.holes, Run(last, 1))
+
+    def changed(self) -> None:
+        self._view = None
+
+    def view(self, ledger: Ledger) -> RequestView:
+        """What the policy sees; built again only after a change."""
+        view = self._view
+        if view is None:
+            view = self._view = self._build_view(ledger)
+        return view
+
+    def _build_view(self, ledger: Ledger) -> RequestView:
+        known, issued, request = len(self.tokens), self.issued, self.id
+        held = ledger.tokens(request)
+        pages = ledger.table.pages
+        if len(held) == 1:
+            ((instance, tokens),) = held.items()
+            resident = (Resident(instance, tokens, len(pages(request, instance))),)
+        else:
+            resident = tuple(Resident(i, held[i], len(pages(request, i))) for i in sorted(held))
+        tail = ledger.open_page(request, issued - 1, self.last_master)
+        running = not self.holes
+        return RequestView(
+            request,
+            self.arrived_us,
+            self.prompt_len,
+            known,
+            issued,
+            self.max_tokens,
+            known - self.prompt_len,
+            running,
+            () if running and issued > known else self.missing,
+            resident,
+            None if tail is None else (tail[0], ledger.page_tokens - tail[1].count),
+            self.device_group if issued > known else (),
+            len(self.steps),
+            self.num_evictions,
+        )
+
+
+def whole(kv_len: int) -> tuple[Run, ...]:
+    return (Run(0, kv_len),) if kv_len > 0 else ()
