@@ -1,0 +1,1 @@
+"""The shell around the engine: gRPC server and client, live loop, tokenizer, command line."""

@@ -1,0 +1,124 @@
+"""Typed asyncio client of loong.v1: what the CLI, the demo and the tests use. Speaks messages, not gRPC details.
+
+Errors are grpc.aio.AioRpcError with the server's words; nothing is retried here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+import msgspec
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.proto.loong.v1 import loong_pb2_grpc
+
+
+class Generation(msgspec.Struct):
+    """A whole answer."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finished: pb.Finished
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    request_id: str | None = None,
+) -> pb.GenerateRequest:
+    """The request message; what is None is left to the server's default."""
+    sampling = pb.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return pb.GenerateRequest(
+        text=prompt if isinstance(prompt, str) else None,
+        token_ids=None if isinstance(prompt, str) else pb.TokenIds(ids=prompt),
+        request_id=request_id,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+    )
+
+
+class LoongClient:
+    """One connection; an async context manager."""
+
+    def __init__(self, target: str, *, max_message_bytes: int = 64 * 1024 * 1024) -> None:
+        self.target = target
+        self._channel = grpc.aio.insecure_channel(
+            target,
+            options=(
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+            ),
+        )
+        self.stub = loong_pb2_grpc.LoongStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> LoongClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._channel.close()
+
+    async def responses(
+        self, request: pb.GenerateRequest, timeout_s: float | None = None
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """All messages of an answer, `finished` last. Closing the iterator cancels the call."""
+        call = self.stub.Generate(request, timeout=timeout_s)
+        try:
+            async for response in call:
+                yield response
+        finally:
+            call.cancel()
+
+    async def generate(self, request: pb.GenerateRequest, timeout_s: float | None = None) -> Generation:
+        """The whole answer."""
+        generation = Generation([], [], "", pb.Finished())
+        async for response in self.responses(request, timeout_s):
+            if response.WhichOneof("event") == "tokens":
+                generation.token_ids += response.tokens.token_ids
+                generation.logprobs += response.tokens.logprobs
+                generation.text += response.tokens.text
+            else:
+                generation.finished = response.finished
+        return generation
+
+    async def abort(self, request_id: str) -> None:
+        await self.stub.Abort(pb.AbortRequest(request_id=request_id))
+
+    async def state(self) -> pb.State:
+        return await self.stub.GetState(pb.GetStateRequest())
+
+    async def watch_state(self, interval_ms: int | None = None) -> AsyncIterator[pb.State]:
+        async for state in self.stub.WatchState(pb.WatchStateRequest(interval_ms=interval_ms)):
+            yield state
+
+    async def is_ready(self, timeout_s: float = 5.0) -> bool:
+        """Whether the health service says SERVING; False also when nobody listens."""
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Return once the server is ready. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while not await self.is_ready():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server was not ready within {timeout_s:g} s")
+            await asyncio.sleep(0.1)

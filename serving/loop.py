@@ -1,0 +1,306 @@
+"""The live loop: one thread, the only one to call `manager.handle` and `executor.submit` (DESIGN 3).
+
+Events come in through a bounded inbox: arrivals and aborts from clients, completions from the executor (`post`).
+Commands that concern devices go to the executor; Emit, Finish and Reject go to the request's sink, in the asyncio
+thread, one wake-up for all that happened meanwhile. What it is not: a decision maker (`loong_jax/manager.py`) or a
+text processor (`serving/stream.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+from loong_jax.types import (
+    Aborted,
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    Drain,
+    Emit,
+    Finish,
+    Reject,
+    RunPrefill,
+    Sampling,
+    Stopped,
+    Tick,
+    View,
+)
+from serving.errors import EngineFailed, NotServing, QueueFull
+from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.state import EngineState
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 0.1
+"""A quiet engine with requests is woken this often: ageing and reservations end by the clock."""
+
+
+class ManagerLike(Protocol):
+    def handle(self, event: AnyEvent, now_us: int) -> list[AnyCommand]: ...
+    def view(self, now_us: int) -> View: ...
+
+
+class ExecutorLike(Protocol):
+    """Never blocks on devices; answers through `EngineLoop.post`."""
+
+    def submit(self, command: AnyCommand) -> None: ...
+    def close(self) -> None: ...
+
+
+class EventLog(Protocol):
+    def write(self, now_us: int, event: AnyEvent, commands: Iterable[AnyCommand]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Prefilled(NamedTuple):
+    """Told to a sink: a prefill step of the request was issued."""
+
+    dop: int
+    num_tokens: int
+    emit: bool
+
+
+class Crashed(NamedTuple):
+    """Told to a sink: the engine is gone, nothing more will come."""
+
+    message: str
+
+
+SinkItem = Emit | Finish | Reject | Prefilled | Crashed
+
+
+class Sink(Protocol):
+    """Where one request's output goes. Called in the asyncio thread; Finish, Reject or Crashed comes last."""
+
+    def put(self, item: SinkItem, now_us: int) -> None: ...
+
+
+class _Arrival(NamedTuple):
+    event: Arrived
+    sink: Sink
+
+
+class _Question(NamedTuple):
+    answer: Future[pb.State]
+
+
+_CLOSE = object()
+
+
+class _Outbox:
+    """Carries sink items from the engine thread to the asyncio thread with one wake-up for many."""
+
+    def __init__(self, asyncio_loop: asyncio.AbstractEventLoop) -> None:
+        self._asyncio_loop = asyncio_loop
+        self._items: deque[tuple[Sink, SinkItem, int]] = deque()
+        self._scheduled = False
+
+    def push(self, sink: Sink, item: SinkItem, now_us: int) -> None:
+        self._items.append((sink, item, now_us))
+
+    def flush(self) -> None:
+        # `_deliver` clears the flag before it empties the deque, so an item pushed before this line is either taken
+        # by a running delivery or by the one scheduled here.
+        if self._items and not self._scheduled:
+            self._scheduled = True
+            try:
+                self._asyncio_loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the asyncio loop was closed: nobody listens any more
+                self._items.clear()
+
+    def _deliver(self) -> None:
+        self._scheduled = False
+        while self._items:
+            sink, item, now_us = self._items.popleft()
+            sink.put(item, now_us)
+
+
+class EngineLoop:
+    """Runs a manager and an executor. All public methods may be called from any thread."""
+
+    def __init__(
+        self,
+        manager: ManagerLike,
+        state: EngineState,
+        *,
+        event_log: EventLog | None = None,
+        max_inbox: int = 4096,
+        on_ready: Callable[[], None] = lambda: None,
+        on_crash: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """`on_ready` and `on_crash` are called at most once each, in the engine thread."""
+        self._manager = manager
+        self._state = state
+        self._event_log = event_log
+        self._max_inbox = max_inbox
+        self._on_ready = on_ready
+        self._on_crash = on_crash
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._sinks: dict[int, Sink] = {}
+        self._lock = threading.Lock()  # request ids enter the inbox in their order
+        self._next_request = 0
+        self._crash: str | None = None
+        self._ready_told = False
+        self._start_ns = time.monotonic_ns()
+        self._thread = threading.Thread(target=self._run, name="loong-engine", daemon=True)
+
+    # ---------------------------------------------------------------------------------------------- any thread
+
+    def start(self, executor: ExecutorLike, asyncio_loop: asyncio.AbstractEventLoop) -> None:
+        """Start the thread, which closes the executor at its end; sinks will be called in `asyncio_loop`."""
+        self._executor = executor
+        self._outbox = _Outbox(asyncio_loop)
+        self._thread.start()
+
+    def post(self, event: AnyEvent) -> None:
+        """Take an event of the executor, also before `start`. Never refused: an executor has at most two steps per
+        instance under way."""
+        self._inbox.put(event)
+
+    def arrive(self, prompt: bytes, max_tokens: int, sampling: Sampling, stop_ids: tuple[int, ...], sink: Sink) -> int:
+        """Hand in a request and return its number. Raises a Refusal."""
+        with self._lock:
+            self._check_alive()
+            if self._inbox.qsize() >= self._max_inbox:
+                raise QueueFull(f"the engine has {self._max_inbox} events to handle")
+            request = self._next_request
+            self._next_request += 1
+            event = Arrived(request, prompt, max_tokens, sampling, stop_ids)
+            self._inbox.put(_Arrival(event, sink))
+            return request
+
+    def abort(self, request: int) -> None:
+        """End a request wherever it is; no effect when it is over."""
+        self._inbox.put(Aborted(request))
+
+    def stop_at(self, request: int, num_generated: int) -> None:
+        """Finish a request whose text ended with its token `num_generated`; no effect when it is over."""
+        self._inbox.put(Stopped(request, num_generated))
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; the others go on."""
+        self._inbox.put(Drain())
+
+    def ask_state(self) -> Future[pb.State]:
+        """The elastic state, taken between two events. Raises a Refusal."""
+        self._check_alive()
+        answer: Future[pb.State] = Future()
+        self._inbox.put(_Question(answer))
+        return answer
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Stop the thread, after the events posted so far. Requests still running end as crashed."""
+        if self._thread.ident is not None:
+            self._inbox.put(_CLOSE)
+            self._thread.join(timeout_s)
+
+    def _check_alive(self) -> None:
+        if self._thread.ident is None:
+            raise NotServing("the engine is loading")
+        if self._crash is not None:
+            raise EngineFailed(self._crash)
+
+    # ------------------------------------------------------------------------------------------- engine thread
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+            message = "the server has stopped"
+        except BaseException as error:
+            _log.exception("the engine thread ends")
+            message = f"the engine failed: {type(error).__name__}: {error}"
+        try:
+            self._end(message)
+        finally:
+            if self._event_log is not None:
+                self._event_log.close()
+            self._executor.close()
+
+    def _serve(self) -> None:
+        while (item := self._next_item()) is not _CLOSE:
+            now_us = (time.monotonic_ns() - self._start_ns) // 1000
+            if type(item) is _Question:
+                self._answer(item.answer, now_us)
+                continue
+            if type(item) is _Arrival:
+                item, sink = item
+                self._sinks[item.request] = sink
+            self._state.saw_event(item, now_us)
+            commands = self._manager.handle(item, now_us)
+            for command in commands:
+                self._perform(command, now_us)
+            self._outbox.flush()
+            if self._event_log is not None:
+                self._event_log.write(now_us, item, commands)
+            if not self._ready_told and self._state.ready:
+                self._ready_told = True
+                self._on_ready()
+
+    def _next_item(self) -> Any:
+        """Wait for the next item. Time itself is an event while requests are open."""
+        if self._event_log is not None and not self._sinks and self._inbox.empty():
+            self._event_log.flush()
+        try:
+            return self._inbox.get(timeout=_TICK_S if self._sinks else None)
+        except queue.Empty:
+            return Tick()
+
+    def _answer(self, answer: Future[pb.State], now_us: int) -> None:
+        if not answer.set_running_or_notify_cancel():  # whoever asked has gone
+            return
+        try:
+            answer.set_result(self._state.snapshot(self._manager.view(now_us), now_us))
+        except Exception as error:  # an operator's question never ends the service
+            answer.set_exception(error)
+
+    def _perform(self, command: AnyCommand, now_us: int) -> None:
+        kind = type(command)
+        if kind is Emit:
+            sink = self._sinks.get(command.request)
+        elif kind is Finish or kind is Reject:
+            sink = self._sinks.pop(command.request, None)
+        else:
+            self._executor.submit(command)
+            if kind is RunPrefill:
+                self._tell_prefilled(command, now_us)
+            self._state.saw_command(command, now_us)
+            return
+        self._state.saw_command(command, now_us)
+        if sink is not None:
+            self._outbox.push(sink, command, now_us)
+
+    def _tell_prefilled(self, command: RunPrefill, now_us: int) -> None:
+        for row in command.rows:
+            sink = self._sinks.get(row.request)
+            if sink is not None:
+                num_tokens = sum(run.count for run in row.runs)
+                self._outbox.push(sink, Prefilled(len(command.instances), num_tokens, row.emit), now_us)
+
+    def _end(self, message: str) -> None:
+        """Nothing more will come: tell everybody who waits."""
+        with self._lock:  # no arrival enters the inbox after this
+            self._crash = message
+        now_us = (time.monotonic_ns() - self._start_ns) // 1000
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if type(item) is _Arrival:
+                self._sinks[item.event.request] = item.sink
+            elif type(item) is _Question and item.answer.set_running_or_notify_cancel():
+                item.answer.set_exception(EngineFailed(message))
+        for sink in self._sinks.values():
+            self._outbox.push(sink, Crashed(message), now_us)
+        self._sinks.clear()
+        self._outbox.flush()
+        self._on_crash(message)

@@ -1,0 +1,1 @@
+"""Protos and their generated stubs (`scripts/gen_proto.py`)."""

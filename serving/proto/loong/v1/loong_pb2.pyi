@@ -1,0 +1,218 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_STOP: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+    FINISH_REASON_ABORT: _ClassVar[FinishReason]
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_PREFILL: _ClassVar[Phase]
+    PHASE_DECODE: _ClassVar[Phase]
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_STOP: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+FINISH_REASON_ABORT: FinishReason
+PHASE_UNSPECIFIED: Phase
+PHASE_PREFILL: Phase
+PHASE_DECODE: Phase
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("text", "token_ids", "request_id", "sampling", "max_tokens", "stop_token_ids", "stop", "ignore_eos")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_ids: TokenIds
+    request_id: str
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    ignore_eos: bool
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., request_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+
+class SamplingParams(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("tokens", "finished")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    tokens: Tokens
+    finished: Finished
+    def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+
+class Tokens(_message.Message):
+    __slots__ = ("token_ids", "logprobs", "text")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    text: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("finish_reason", "usage", "dop_history", "request_id", "seed", "matched_stop")
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    DOP_HISTORY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_STOP_FIELD_NUMBER: _ClassVar[int]
+    finish_reason: FinishReason
+    usage: Usage
+    dop_history: _containers.RepeatedCompositeFieldContainer[DopRun]
+    request_id: str
+    seed: int
+    matched_stop: str
+    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., dop_history: _Optional[_Iterable[_Union[DopRun, _Mapping]]] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ..., matched_stop: _Optional[str] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("prompt_tokens", "completion_tokens")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    completion_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
+
+class DopRun(_message.Message):
+    __slots__ = ("phase", "dop", "tokens", "start_us")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DOP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    START_US_FIELD_NUMBER: _ClassVar[int]
+    phase: Phase
+    dop: int
+    tokens: int
+    start_us: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., dop: _Optional[int] = ..., tokens: _Optional[int] = ..., start_us: _Optional[int] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStateRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchStateRequest(_message.Message):
+    __slots__ = ("interval_ms",)
+    INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    interval_ms: int
+    def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
+
+class State(_message.Message):
+    __slots__ = ("now_us", "ready", "draining", "groups", "instances", "counters", "requests_running", "requests_waiting", "programs_ready")
+    NOW_US_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    PROGRAMS_READY_FIELD_NUMBER: _ClassVar[int]
+    now_us: int
+    ready: bool
+    draining: bool
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    instances: _containers.RepeatedCompositeFieldContainer[Instance]
+    counters: Counters
+    requests_running: int
+    requests_waiting: int
+    programs_ready: int
+    def __init__(self, now_us: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., programs_ready: _Optional[int] = ...) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("phase", "dop", "instances", "requests", "tokens_per_s")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DOP_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    phase: Phase
+    dop: int
+    instances: _containers.RepeatedScalarFieldContainer[int]
+    requests: int
+    tokens_per_s: float
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., dop: _Optional[int] = ..., instances: _Optional[_Iterable[int]] = ..., requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+
+class Instance(_message.Message):
+    __slots__ = ("index", "pages_used", "pages_total", "alive")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    pages_used: int
+    pages_total: int
+    alive: bool
+    def __init__(self, index: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., alive: _Optional[bool] = ...) -> None: ...
+
+class Counters(_message.Message):
+    __slots__ = ("scale_ups", "scale_downs", "kv_bytes_migrated", "kv_bytes_rehomed", "compiles_after_ready", "steps_prefill", "steps_decode", "tokens_prefilled", "tokens_generated", "requests_finished", "requests_refused", "steps_failed", "engine_cpu_us")
+    SCALE_UPS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_DOWNS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_MIGRATED_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_REHOMED_FIELD_NUMBER: _ClassVar[int]
+    COMPILES_AFTER_READY_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    STEPS_DECODE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PREFILLED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_GENERATED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_CPU_US_FIELD_NUMBER: _ClassVar[int]
+    scale_ups: int
+    scale_downs: int
+    kv_bytes_migrated: int
+    kv_bytes_rehomed: int
+    compiles_after_ready: int
+    steps_prefill: int
+    steps_decode: int
+    tokens_prefilled: int
+    tokens_generated: int
+    requests_finished: int
+    requests_refused: int
+    steps_failed: int
+    engine_cpu_us: int
+    def __init__(self, scale_ups: _Optional[int] = ..., scale_downs: _Optional[int] = ..., kv_bytes_migrated: _Optional[int] = ..., kv_bytes_rehomed: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., steps_prefill: _Optional[int] = ..., steps_decode: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_refused: _Optional[int] = ..., steps_failed: _Optional[int] = ..., engine_cpu_us: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,227 @@
+"""Running account of the elastic state, from the events and commands the loop sees: groups, DoP, tokens, KV moved.
+
+Lives in the engine thread and must stay cheap: a decode step costs it a few dictionary look-ups per row. What it is
+not: a source for decisions (that is the manager's View).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from loong_jax.types import (
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    Drain,
+    Emit,
+    Finish,
+    Migrate,
+    Program,
+    ProgramReady,
+    Reject,
+    RunDecode,
+    RunPrefill,
+    StepDone,
+    StepFailed,
+    View,
+)
+from serving.proto.loong.v1 import loong_pb2 as pb
+
+_WINDOW_US = 1_000_000
+_GroupKey = tuple[int, tuple[int, ...]]  # phase (pb.Phase), instances
+
+
+class _Group:
+    """What one set of instances does in one phase; tokens are counted in windows of about a second."""
+
+    __slots__ = ("in_flight", "last_us", "num_requests", "rate", "window_start_us", "window_tokens")
+
+    def __init__(self, now_us: int) -> None:
+        self.in_flight = 0
+        self.num_requests = 0
+        self.window_start_us = now_us
+        self.window_tokens = 0
+        self.rate = 0.0
+        self.last_us = now_us
+
+    def step_done(self, num_tokens: int, now_us: int) -> None:
+        self.in_flight -= 1
+        self.window_tokens += num_tokens
+        self.last_us = now_us
+        elapsed_us = now_us - self.window_start_us
+        if elapsed_us >= _WINDOW_US or self.rate == 0.0:
+            self.rate = self.window_tokens * 1e6 / max(elapsed_us, 1)
+            if elapsed_us >= _WINDOW_US:
+                self.window_start_us, self.window_tokens = now_us, 0
+
+
+class EngineState:
+    """`kv_token_bytes`: KV of one token over all layers. `needed`: the programs, each on a set of instances, that
+    readiness waits for. `compiles_after_ready`: asked at each snapshot."""
+
+    def __init__(
+        self,
+        *,
+        kv_token_bytes: int,
+        needed: Iterable[tuple[Program, tuple[int, ...]]],
+        compiles_after_ready: Callable[[], int],
+    ) -> None:
+        self._kv_token_bytes = kv_token_bytes
+        self._missing = set(needed)
+        self._compiles_after_ready = compiles_after_ready
+        self._num_programs = 0
+        self._draining = False
+        self._waiting: set[int] = set()
+        self._group_of: dict[int, tuple[int, ...]] = {}  # running request -> instances of its newest step
+        self._steps: dict[int, tuple[_GroupKey, int]] = {}  # step in flight -> group, tokens
+        self._groups: dict[_GroupKey, _Group] = {}
+        self._owner: dict[int, _GroupKey] = {}  # instance -> group of its newest step
+        self._counters = pb.Counters()
+        self._scale_ups = self._scale_downs = self._steps_decode = self._tokens_generated = 0
+
+    @property
+    def ready(self) -> bool:
+        return not self._missing
+
+    # ------------------------------------------------------------------------------------------------- the tape
+
+    def saw_event(self, event: AnyEvent, now_us: int) -> None:
+        kind = type(event)
+        if kind is StepDone:
+            self._step_over(event.step, now_us)
+        elif kind is Arrived:
+            self._waiting.add(event.request)
+        elif kind is ProgramReady:
+            self._num_programs += 1
+            self._missing.discard((event.program, event.instances))
+        elif kind is StepFailed:
+            self._counters.steps_failed += 1
+            self._instances_lost(frozenset(event.instances), now_us)
+        elif kind is Drain:
+            self._draining = True
+
+    def saw_command(self, command: AnyCommand, now_us: int) -> None:
+        kind = type(command)
+        if kind is Emit:
+            self._tokens_generated += len(command.tokens)
+        elif kind is RunDecode:
+            self._steps_decode += 1
+            requests = [row.request for row in command.rows]
+            self._step_issued(pb.PHASE_DECODE, command.step, command.instances, requests, len(requests), now_us)
+        elif kind is RunPrefill:
+            self._saw_prefill(command, now_us)
+        elif kind is Migrate:
+            self._counters.kv_bytes_migrated += self._kv_token_bytes * sum(move.run.count for move in command.moves)
+        elif kind is Finish or kind is Reject:
+            self._waiting.discard(command.request)
+            self._group_of.pop(command.request, None)
+            if kind is Finish:
+                self._counters.requests_finished += 1
+            else:
+                self._counters.requests_refused += 1
+
+    def _saw_prefill(self, command: RunPrefill, now_us: int) -> None:
+        requests = [row.request for row in command.rows]
+        num_tokens = sum(run.count for row in command.rows for run in row.runs)
+        self._counters.steps_prefill += 1
+        self._counters.tokens_prefilled += num_tokens
+        self._counters.kv_bytes_rehomed += self._kv_token_bytes * sum(move.run.count for move in command.moves)
+        self._waiting.difference_update(requests)
+        self._step_issued(pb.PHASE_PREFILL, command.step, command.instances, requests, num_tokens, now_us)
+
+    def _step_issued(
+        self,
+        phase: int,
+        step: int,
+        instances: tuple[int, ...],
+        requests: list[int],
+        num_tokens: int,
+        now_us: int,
+    ) -> None:
+        key = (phase, instances)
+        group = self._groups.get(key)
+        if group is None or now_us - group.last_us > _WINDOW_US:
+            in_flight = 0 if group is None else group.in_flight
+            group = self._groups[key] = _Group(now_us)
+            group.in_flight = in_flight
+        group.in_flight += 1
+        group.num_requests = len(requests)
+        self._steps[step] = (key, num_tokens)
+        for instance in instances:
+            previous = self._owner.get(instance)
+            if previous != key:
+                self._owner[instance] = key
+                if previous is not None:
+                    self._drop_if_over(previous)
+        self._count_scaling(instances, requests)
+
+    def _count_scaling(self, instances: tuple[int, ...], requests: list[int]) -> None:
+        """A batch that comes together from two groups counts once for each of them."""
+        group_of = self._group_of
+        previous = {group_of.get(request, instances) for request in requests}
+        if previous != {instances}:
+            dop = len(instances)
+            self._scale_ups += sum(len(group) < dop for group in previous)
+            self._scale_downs += sum(len(group) > dop for group in previous)
+        for request in requests:
+            group_of[request] = instances
+
+    def _step_over(self, step: int, now_us: int) -> None:
+        key, num_tokens = self._steps.pop(step, (None, 0))
+        group = self._groups.get(key) if key is not None else None
+        if group is not None:
+            group.step_done(num_tokens, now_us)
+            self._drop_if_over(key)
+
+    def _instances_lost(self, lost: frozenset[int], now_us: int) -> None:
+        for step in [step for step, (key, _) in self._steps.items() if not lost.isdisjoint(key[1])]:
+            self._step_over(step, now_us)
+
+    def _drop_if_over(self, key: _GroupKey) -> None:
+        """Forget a group whose instances have gone on to others."""
+        group = self._groups.get(key)
+        if group is not None and group.in_flight <= 0 and any(self._owner[i] != key for i in key[1]):
+            del self._groups[key]
+
+    # ------------------------------------------------------------------------------------------------ snapshot
+
+    def snapshot(self, view: View, now_us: int) -> pb.State:
+        counters = pb.Counters()
+        counters.CopyFrom(self._counters)
+        counters.scale_ups = self._scale_ups
+        counters.scale_downs = self._scale_downs
+        counters.steps_decode = self._steps_decode
+        counters.tokens_generated = self._tokens_generated
+        counters.engine_cpu_us = time.thread_time_ns() // 1000
+        counters.compiles_after_ready = self._compiles_after_ready()
+        groups = [
+            pb.Group(
+                phase=phase,
+                dop=len(instances),
+                instances=instances,
+                requests=group.num_requests,
+                tokens_per_s=group.rate,
+            )
+            for (phase, instances), group in sorted(self._groups.items(), key=lambda item: item[0][1])
+            if group.in_flight > 0 or now_us - group.last_us < _WINDOW_US
+        ]
+        return pb.State(
+            now_us=now_us,
+            ready=self.ready,
+            draining=self._draining,
+            groups=groups,
+            instances=[
+                pb.Instance(
+                    index=instance.instance,
+                    pages_used=instance.num_pages - instance.free_pages,
+                    pages_total=instance.num_pages,
+                    alive=instance.alive,
+                )
+                for instance in view.instances
+            ],
+            counters=counters,
+            requests_running=len(self._group_of),
+            requests_waiting=len(self._waiting),
+            programs_ready=self._num_programs,
+        )

@@ -1,0 +1,164 @@
+"""One request's way out: from the engine's tokens to the messages of its gRPC stream.
+
+A `RequestStream` is the sink of one request. It gathers what the engine sends while the client is being written to,
+turns tokens into text, ends the request at a stop string, and keeps the DoP history. It lives in the asyncio thread.
+What it is not: the RPC itself (`serving/server.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from loong_jax.types import Emit, Finish, FinishReason, Reject
+from serving.errors import EngineFailed, rejected
+from serving.loop import Crashed, Prefilled, SinkItem
+from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.tokenizer import Detokenizer, StopFinder
+
+_REASONS: dict[FinishReason, pb.FinishReason] = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+}
+
+
+class StreamStart(msgspec.Struct, frozen=True):
+    """What a stream knows before the first token."""
+
+    request_id: str
+    prompt_field: str
+    num_prompt_tokens: int
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+class DopHistory:
+    """Runs of (phase, dop, tokens). The first token after a prefill is that prefill's: no decode run counts it."""
+
+    def __init__(self) -> None:
+        self.runs: list[pb.DopRun] = []
+        self._start_us: int | None = None
+        self._prefill_emits = False
+
+    def prefilled(self, item: Prefilled, now_us: int) -> None:
+        self._extend(pb.PHASE_PREFILL, item.dop, item.num_tokens, now_us)
+        self._prefill_emits = item.emit
+
+    def emitted(self, dop: int, num_tokens: int, now_us: int) -> None:
+        if self._prefill_emits:
+            self._prefill_emits = False
+            num_tokens -= 1
+        if num_tokens > 0:
+            self._extend(pb.PHASE_DECODE, dop, num_tokens, now_us)
+
+    def _extend(self, phase: pb.Phase, dop: int, num_tokens: int, now_us: int) -> None:
+        if self._start_us is None:
+            self._start_us = now_us
+        if self.runs and self.runs[-1].phase == phase and self.runs[-1].dop == dop:
+            self.runs[-1].tokens += num_tokens
+        else:
+            self.runs.append(pb.DopRun(phase=phase, dop=dop, tokens=num_tokens, start_us=now_us - self._start_us))
+
+
+class RequestStream:
+    """Sink of one request; `messages()` gives its next messages."""
+
+    def __init__(self, start: StreamStart, detokenizer: Detokenizer | None, stop: Sequence[str]) -> None:
+        self._start = start
+        self._detokenizer = detokenizer
+        self._stop_ids = frozenset(start.stop_ids)
+        self._stop_finder = StopFinder(stop)
+        self._history = DopHistory()
+        self._items: list[tuple[SinkItem, int]] = []
+        self._arrived = asyncio.Event()
+        self._num_tokens = 0
+        self._matched: str | None = None
+        self.engine_done = False
+        """The engine has said its last word about this request."""
+        self.finished = False
+        """The last message has been given."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens kept so far."""
+        return self._num_tokens
+
+    @property
+    def stop_found(self) -> bool:
+        """A stop string ended the stream: the engine, when not yet done, must be told to keep `num_tokens`."""
+        return self._matched is not None
+
+    def put(self, item: SinkItem, now_us: int) -> None:
+        self._items.append((item, now_us))
+        if type(item) is not Emit and type(item) is not Prefilled:
+            self.engine_done = True
+        self._arrived.set()
+
+    async def messages(self) -> list[pb.GenerateResponse]:
+        """Wait for output; everything there is by then, as one or two messages. Raises Refusal."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        items, self._items = self._items, []
+        tokens = pb.Tokens()
+        last: Finish | None = None
+        for item, now_us in items:
+            if isinstance(item, Emit):
+                self._take(item, tokens, now_us)
+                if self.stop_found:
+                    break
+            elif isinstance(item, Prefilled):
+                self._history.prefilled(item, now_us)
+            elif isinstance(item, Reject):
+                raise rejected(item.reason, item.message, self._start.prompt_field)
+            elif isinstance(item, Crashed):
+                raise EngineFailed(item.message)
+            else:
+                last = item
+        return self._close(tokens, last)
+
+    def _take(self, emit: Emit, tokens: pb.Tokens, now_us: int) -> None:
+        assert emit.index == self._num_tokens, f"tokens from {emit.index} after {self._num_tokens}"
+        first, pieces = self._num_tokens, []
+        for token, logprob in zip(emit.tokens, emit.logprobs, strict=True):
+            tokens.token_ids.append(token)
+            tokens.logprobs.append(logprob)
+            self._num_tokens += 1
+            if self._detokenizer is None or token in self._stop_ids:
+                continue
+            piece = self._stop_finder.step(self._detokenizer.step(token))
+            pieces.append(piece.text)
+            if piece.matched is not None:
+                self._matched = piece.matched
+                break
+        tokens.text += "".join(pieces)
+        self._history.emitted(emit.dop, self._num_tokens - first, now_us)
+
+    def _close(self, tokens: pb.Tokens, last: Finish | None) -> list[pb.GenerateResponse]:
+        """The messages for these tokens; with the last word, also what the text still held back."""
+        if last is not None and last.reason is FinishReason.ERROR:
+            raise EngineFailed(last.message or "the engine failed")
+        if last is not None and not self.stop_found and self._detokenizer is not None:
+            piece = self._stop_finder.step(self._detokenizer.flush())
+            tokens.text += piece.text + ("" if piece.matched is not None else self._stop_finder.flush())
+            self._matched = piece.matched
+        messages = []
+        if tokens.token_ids or tokens.text:
+            messages.append(pb.GenerateResponse(tokens=tokens))
+        if self.stop_found or last is not None:
+            self.finished = True
+            reason = FinishReason.STOP if self.stop_found or last is None else last.reason
+            messages.append(pb.GenerateResponse(finished=self._finished(_REASONS[reason])))
+        return messages
+
+    def _finished(self, reason: pb.FinishReason) -> pb.Finished:
+        return pb.Finished(
+            finish_reason=reason,
+            usage=pb.Usage(prompt_tokens=self._start.num_prompt_tokens, completion_tokens=self._num_tokens),
+            dop_history=self._history.runs,
+            request_id=self._start.request_id,
+            seed=self._start.seed,
+            matched_stop=self._matched,
+        )

@@ -1,0 +1,127 @@
+"""Text to token ids and back, and the search for stop strings in what comes back.
+
+The work is the `tokenizers` library's; special tokens (BOS) are added as the checkpoint's tokenizer.json says. What it
+is not: a chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+_CONTEXT_TOKENS = 6
+"""Prompt tokens that precede the text: some decoders strip the space of a first word."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer.json that cannot be used. The message names the file."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Encoding may take a second for a million tokens: call it off the event loop."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer | None:
+        """The tokenizer of a checkpoint, None when it has none. Raises TokenizerError."""
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            return None
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path}: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """A stream of text for the tokens that follow the prompt."""
+        return Detokenizer(self._tokenizer, prompt_ids)
+
+
+class Detokenizer:
+    """Incremental decoding of one request's tokens: a piece never ends within a character."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt_ids[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+        self._held: list[int] = []
+
+    def step(self, token_id: int) -> str:
+        """The text that this token completes, "" when a character is still open."""
+        self._held.append(token_id)
+        try:
+            piece = self._stream.step(self._tokenizer, token_id)
+        except Exception:
+            # The library gives up when its prefix decodes differently with the next token (malformed bytes do that).
+            # What is held goes out as it decodes, and the stream starts afresh.
+            return self.flush()
+        if piece is None:
+            return ""
+        self._held.clear()
+        return piece
+
+    def flush(self) -> str:
+        """The rest, with U+FFFD for a character that was never completed; the stream starts afresh."""
+        held, self._held = self._held, []
+        self._stream = DecodeStream(skip_special_tokens=True)
+        return self._tokenizer.decode(held, skip_special_tokens=True) if held else ""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Text to send now; `matched`: the stop string that ends the stream."""
+
+    text: str
+    matched: str | None = None
+
+
+class StopFinder:
+    """Finds the first of some stop strings in a growing text, and holds back what may become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def step(self, piece: str) -> Piece:
+        """Take the next piece. After a match, nothing more may be given."""
+        if not self._stop or not piece:
+            return Piece(piece)
+        # What is held back is a proper prefix of a stop string, so every match starts within held + piece.
+        text = self._held + piece
+        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            first, stop = min(found)
+            return Piece(text[:first], stop)
+        num_held = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - num_held :]
+        return Piece(text[: len(text) - num_held])
+
+    def flush(self) -> str:
+        """The text held back, when no more can come."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper prefix of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,197 @@
+"""Checks of a GenerateRequest: what passes here, the engine can serve; what does not is refused by the field's name.
+
+What it is not: admission. Whether there is room now is the manager's affair (`Reject`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from loong_jax.types import Sampling
+from serving.errors import InvalidField
+from serving.proto.loong.v1 import loong_pb2 as pb
+
+MAX_SEED = 2**32 - 1
+
+
+class ValidationLimits(msgspec.Struct, frozen=True):
+    """Bounds of a request. The first three come from the model and the pool, the others are the operator's."""
+
+    vocab_size: int
+    max_position: int
+    pool_tokens: int
+    eos_ids: tuple[int, ...] = ()
+    default_max_tokens: int = 256
+    max_text_bytes: int = 32 * 1024 * 1024
+    max_stop_strings: int = 16
+    max_stop_chars: int = 256
+    max_stop_ids: int = 64
+    max_request_id_chars: int = 128
+    min_temperature: float = 0.01  # below, logits / temperature leaves float32 on the way to greedy
+    max_temperature: float = 100.0
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt and generated tokens of one request. The last generated token needs no room in the pool."""
+        return min(self.max_position, self.pool_tokens + 1)
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """A checked request, but for its prompt. `seed_given`: the client chose it."""
+
+    prompt_field: str  # "text" or "token_ids"
+    request_id: str  # "" when the server is to make one
+    sampling: Sampling
+    seed_given: bool
+    max_tokens: int | None
+    stop_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+
+
+def check_request(request: pb.GenerateRequest, limits: ValidationLimits, *, has_tokenizer: bool) -> Ask:
+    """All checks that need no tokenizing. Raises InvalidField."""
+    field = request.WhichOneof("prompt")
+    if field is None:
+        raise InvalidField("prompt", "give text or token_ids")
+    if field == "text":
+        _check_text(request.text, limits, has_tokenizer)
+    sampling = _check_sampling(request.sampling, limits)
+    if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limits.max_context_tokens:
+        raise InvalidField("max_tokens", f"{request.max_tokens} is not within 1 to {limits.max_context_tokens}")
+    return Ask(
+        prompt_field=field,
+        request_id=_check_request_id(request, limits),
+        sampling=sampling,
+        seed_given=request.sampling.HasField("seed"),
+        max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+        stop_ids=_check_stop_ids(request, limits),
+        stop=_check_stop(request.stop, limits, has_tokenizer),
+    )
+
+
+def check_prompt(token_ids: Sequence[int], ask: Ask, limits: ValidationLimits) -> tuple[bytes, int]:
+    """The prompt as TokenBytes, and the most tokens to generate. Raises InvalidField."""
+    num_tokens = len(token_ids)
+    if num_tokens == 0:
+        raise InvalidField(ask.prompt_field, "the prompt is empty")
+    if num_tokens > limits.pool_tokens:
+        raise InvalidField(
+            ask.prompt_field,
+            f"the prompt has {num_tokens} tokens; the pool of all instances holds {limits.pool_tokens}",
+        )
+    if num_tokens >= limits.max_position:
+        raise InvalidField(
+            ask.prompt_field,
+            f"the prompt has {num_tokens} tokens; the model's context of {limits.max_position} leaves no room for more",
+        )
+    tokens = np.asarray(token_ids, np.int64)
+    outside = np.flatnonzero((tokens < 0) | (tokens >= limits.vocab_size))
+    if outside.size:
+        index = int(outside[0])
+        raise InvalidField(
+            ask.prompt_field,
+            f"token {int(tokens[index])} at index {index} is outside the vocabulary of {limits.vocab_size}",
+        )
+    room = limits.max_context_tokens - num_tokens
+    max_tokens = ask.max_tokens if ask.max_tokens is not None else min(limits.default_max_tokens, room)
+    if max_tokens > room:
+        raise InvalidField(
+            "max_tokens",
+            f"{max_tokens} after a prompt of {num_tokens} tokens exceeds the context of {limits.max_context_tokens}",
+        )
+    return tokens.astype("<i4").tobytes(), max_tokens
+
+
+def check_interval_ms(request: pb.WatchStateRequest) -> int:
+    """The interval of a WatchState call. Raises InvalidField."""
+    if not request.HasField("interval_ms"):
+        return 500
+    if not 50 <= request.interval_ms <= 60_000:
+        raise InvalidField("interval_ms", f"{request.interval_ms} is not within 50 to 60000")
+    return request.interval_ms
+
+
+def _check_text(text: str, limits: ValidationLimits, has_tokenizer: bool) -> None:
+    if not has_tokenizer:
+        raise InvalidField("text", "this model has no tokenizer.json; send token_ids")
+    if not text:
+        raise InvalidField("text", "the prompt is empty")
+    # A code point takes at most four bytes: the exact size is only computed near the bound.
+    if len(text) * 4 > limits.max_text_bytes and len(text.encode()) > limits.max_text_bytes:
+        raise InvalidField("text", f"longer than {limits.max_text_bytes} bytes")
+
+
+def _check_sampling(params: pb.SamplingParams, limits: ValidationLimits) -> Sampling:
+    temperature = params.temperature if params.HasField("temperature") else 0.0
+    top_k = params.top_k if params.HasField("top_k") else 0
+    top_p = params.top_p if params.HasField("top_p") else 1.0
+    seed = params.seed if params.HasField("seed") else 0
+    if not math.isfinite(temperature) or temperature < 0 or temperature > limits.max_temperature:
+        raise InvalidField("sampling.temperature", f"{temperature} is not within 0 to {limits.max_temperature:g}")
+    # The wire has float32: 0.01 arrives as 0.0099999998.
+    if 0 < temperature < limits.min_temperature * (1 - 1e-6):
+        raise InvalidField(
+            "sampling.temperature", f"{temperature} is below {limits.min_temperature:g}; 0 means greedy sampling"
+        )
+    if not 0 <= top_k <= limits.vocab_size:
+        raise InvalidField("sampling.top_k", f"{top_k} is not within 0 (all) to the vocabulary of {limits.vocab_size}")
+    if not 0 < top_p <= 1:
+        raise InvalidField("sampling.top_p", f"{top_p} is not above 0 and at most 1")
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidField("sampling.seed", f"{seed} is not within 0 to {MAX_SEED}")
+    if temperature == 0 and top_k > 1:
+        raise InvalidField("sampling.top_k", f"{top_k} contradicts greedy sampling (sampling.temperature is 0)")
+    if temperature == 0 and top_p < 1:
+        raise InvalidField("sampling.top_p", f"{top_p:g} contradicts greedy sampling (sampling.temperature is 0)")
+    return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+
+def _check_request_id(request: pb.GenerateRequest, limits: ValidationLimits) -> str:
+    if not request.HasField("request_id"):
+        return ""
+    request_id = request.request_id
+    if not 1 <= len(request_id) <= limits.max_request_id_chars:
+        raise InvalidField(
+            "request_id", f"{len(request_id)} characters are not within 1 to {limits.max_request_id_chars}"
+        )
+    # It is echoed in metadata, which carries printable ASCII.
+    if not (request_id.isascii() and request_id.isprintable()) or request_id != request_id.strip():
+        raise InvalidField("request_id", "must be printable ASCII without spaces around it")
+    return request_id
+
+
+def _check_stop_ids(request: pb.GenerateRequest, limits: ValidationLimits) -> tuple[int, ...]:
+    if len(request.stop_token_ids) > limits.max_stop_ids:
+        raise InvalidField(
+            "stop_token_ids", f"{len(request.stop_token_ids)} are more than the limit of {limits.max_stop_ids}"
+        )
+    for index, token in enumerate(request.stop_token_ids):
+        if not 0 <= token < limits.vocab_size:
+            raise InvalidField(
+                "stop_token_ids",
+                f"token {token} at index {index} is outside the vocabulary of {limits.vocab_size}",
+            )
+        if request.ignore_eos and token in limits.eos_ids:
+            raise InvalidField("stop_token_ids", f"end-of-sequence token {token} contradicts ignore_eos")
+    eos_ids = () if request.ignore_eos else limits.eos_ids
+    return tuple(dict.fromkeys((*eos_ids, *request.stop_token_ids)))
+
+
+def _check_stop(stop: Sequence[str], limits: ValidationLimits, has_tokenizer: bool) -> tuple[str, ...]:
+    if len(stop) > limits.max_stop_strings:
+        raise InvalidField("stop", f"{len(stop)} strings are more than the limit of {limits.max_stop_strings}")
+    if stop and not has_tokenizer:
+        raise InvalidField("stop", "this model has no tokenizer.json; use stop_token_ids")
+    for index, text in enumerate(stop):
+        if not text:
+            raise InvalidField("stop", f"the string at index {index} is empty")
+        if len(text) > limits.max_stop_chars:
+            raise InvalidField(
+                "stop",
+                f"the string at index {index} has {len(text)} characters; the limit is {limits.max_stop_chars}",
+            )
+    return tuple(dict.fromkeys(stop))

@@ -1,0 +1,133 @@
+"""The account of the elastic state, from a tape of events and commands."""
+
+from loong_jax.types import (
+    Arrived,
+    ContextForm,
+    DecodeRow,
+    Drain,
+    Finish,
+    FinishReason,
+    InstanceView,
+    Migrate,
+    PageMove,
+    Phase,
+    PrefillRow,
+    Program,
+    ProgramReady,
+    Reject,
+    RejectReason,
+    Run,
+    RunDecode,
+    RunPrefill,
+    Sampling,
+    StepDone,
+    StepFailed,
+    View,
+)
+from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.state import EngineState
+
+S = Sampling()
+
+
+def prefill(step, instances, requests, num_tokens=10, moves=()):
+    rows = tuple(PrefillRow(r, r, (Run(0, num_tokens),), b"", (), (), True, S) for r in requests)
+    return RunPrefill(step, instances, 16, ContextForm.RING, rows, moves)
+
+
+def decode(step, instances, requests):
+    return RunDecode(step, instances, 8, tuple(DecodeRow(r, r, 1, -1, 0, 0, Run(0, 1), S) for r in requests))
+
+
+def move(count):
+    return PageMove(0, 0, 0, 1, 0, Run(0, count))
+
+
+class Tape:
+    def __init__(self, needed=()):
+        self.state = EngineState(kv_token_bytes=100, needed=needed, compiles_after_ready=lambda: 3)
+        self.now_us = 0
+
+    def play(self, *items, after_us=1000):
+        for item in items:
+            self.now_us += after_us
+            if isinstance(item, Arrived | StepDone | StepFailed | ProgramReady | Drain):
+                self.state.saw_event(item, self.now_us)
+            else:
+                self.state.saw_command(item, self.now_us)
+
+    def snapshot(self) -> pb.State:
+        instances = (InstanceView(0, 3, 10, 0, 0, True), InstanceView(1, 10, 10, 2, 0, False))
+        return self.state.snapshot(View(self.now_us, 16, instances, (), frozenset()), self.now_us)
+
+    def groups(self):
+        return [(group.phase, tuple(group.instances), group.requests) for group in self.snapshot().groups]
+
+
+def arrived(request):
+    return Arrived(request, b"", 4)
+
+
+def test_scale_down_up_and_merge():
+    tape = Tape()
+    tape.play(arrived(0), prefill(0, (0, 1, 2, 3), (0,)), StepDone(0), decode(1, (0,), (0,)))
+    assert (tape.snapshot().counters.scale_ups, tape.snapshot().counters.scale_downs) == (0, 1)
+    tape.play(StepDone(1), decode(2, (0, 1), (0,)), StepDone(2), decode(3, (0, 1), (0,)), StepDone(3))
+    assert (tape.snapshot().counters.scale_ups, tape.snapshot().counters.scale_downs) == (1, 1)
+    tape.play(arrived(1), prefill(4, (2, 3), (1,)), StepDone(4), decode(5, (0, 1, 2, 3), (0, 1)))
+    assert (tape.snapshot().counters.scale_ups, tape.snapshot().counters.scale_downs) == (3, 1)
+
+
+def test_groups_are_those_of_now():
+    tape = Tape()
+    tape.play(arrived(0), arrived(1), prefill(0, (0, 1), (0,)), decode(1, (2, 3), (1,)))
+    assert tape.groups() == [(pb.PHASE_PREFILL, (0, 1), 1), (pb.PHASE_DECODE, (2, 3), 1)]
+    tape.play(StepDone(0), decode(2, (0,), (0,)))
+    assert tape.groups() == [(pb.PHASE_DECODE, (0,), 1), (pb.PHASE_DECODE, (2, 3), 1)]
+    tape.play(StepDone(1), StepDone(2), after_us=2_000_000)
+    tape.play(Drain(), after_us=2_000_000)
+    assert tape.groups() == []
+    assert tape.snapshot().draining
+
+
+def test_two_steps_in_flight_are_one_group():
+    tape = Tape()
+    tape.play(decode(0, (0,), (0,)), decode(1, (0,), (0,)), StepDone(0))
+    assert tape.groups() == [(pb.PHASE_DECODE, (0,), 1)]
+
+
+def test_rates():
+    tape = Tape()
+    for step in range(200):  # two rows every 20 ms
+        tape.play(decode(step, (0,), (0, 1)), after_us=0)
+        tape.play(StepDone(step), after_us=20_000)
+    (group,) = tape.snapshot().groups
+    assert 90 < group.tokens_per_s < 110
+
+
+def test_counters_and_pools():
+    tape = Tape()
+    tape.play(arrived(0), arrived(1), arrived(2), Reject(2, RejectReason.QUEUE_FULL, ""))
+    tape.play(prefill(0, (0, 1), (0,), 40, (move(16), move(4))), Migrate(1, (0, 1), (move(7),)))
+    state = tape.snapshot()
+    assert (state.requests_waiting, state.requests_running) == (1, 1)
+    tape.play(StepDone(0), StepDone(1), decode(2, (0, 1), (0,)), StepFailed(2, (1,), "x"))
+    tape.play(Finish(0, FinishReason.LENGTH, 1))
+    state = tape.snapshot()
+    counters = state.counters
+    assert (counters.kv_bytes_migrated, counters.kv_bytes_rehomed) == (700, 2000)
+    assert (counters.steps_prefill, counters.steps_decode, counters.steps_failed) == (1, 1, 1)
+    assert (counters.tokens_prefilled, counters.requests_finished, counters.requests_refused) == (40, 1, 1)
+    assert counters.compiles_after_ready == 3
+    assert [(i.pages_used, i.pages_total, i.alive) for i in state.instances] == [(7, 10, True), (0, 10, False)]
+    assert state.requests_running == 0
+
+
+def test_ready_when_all_needed_programs_are():
+    needed = [(Program(Phase.DECODE, 1, 1), (0,)), (Program(Phase.DECODE, 2, 1), (0, 1))]
+    tape = Tape(needed)
+    tape.play(ProgramReady(needed[0][0], (1,)), ProgramReady(*needed[1]))
+    assert not tape.state.ready
+    tape.play(ProgramReady(*needed[0]))
+    assert tape.state.ready
+    assert tape.snapshot().programs_ready == 3

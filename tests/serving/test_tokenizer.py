@@ -1,0 +1,122 @@
+"""Detokenizing piece by piece, and stop strings in what comes back."""
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from serving.tokenizer import Piece, StopFinder, Tokenizer, TokenizerError
+from tests.support.byte_tokenizer import BOS, EOS, byte_tokenizer, save_byte_tokenizer
+
+BYTES = byte_tokenizer()
+
+
+@given(st.text(max_size=40), st.text(max_size=10))
+def test_pieces_add_up_to_the_text(text, prompt):
+    detokenizer = BYTES.detokenizer(BYTES.encode(prompt))
+    pieces = [detokenizer.step(byte) for byte in text.encode()]
+    assert "".join(pieces) + detokenizer.flush() == text
+    assert all(piece.encode() for piece in pieces if piece), "a piece is valid text of its own"
+
+
+@given(st.binary(max_size=30))
+def test_any_bytes_give_what_a_whole_decode_gives_or_at_least_no_failure(data):
+    detokenizer = BYTES.detokenizer([BOS])
+    text = "".join(detokenizer.step(byte) for byte in data) + detokenizer.flush()
+    try:
+        assert text == data.decode()
+    except UnicodeDecodeError:
+        assert "\ufffd" in text
+
+
+def test_an_open_character_is_held_and_replaced_at_the_end():
+    detokenizer = BYTES.detokenizer([BOS])
+    euro = "€".encode()
+    assert [detokenizer.step(byte) for byte in euro] == ["", "", "€"]
+    assert [detokenizer.step(byte) for byte in euro[:2]] == ["", ""]
+    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
+
+
+def test_special_tokens_have_no_text():
+    detokenizer = BYTES.detokenizer([BOS])
+    assert "".join(detokenizer.step(token) for token in [65, BOS, 66, EOS]) == "AB"
+
+
+def test_a_prompt_that_ends_within_a_character():
+    euro = list("€".encode())
+    detokenizer = BYTES.detokenizer([BOS, 65, euro[0]])
+    text = "".join(detokenizer.step(byte) for byte in [*euro[1:], 66, 67, 68]) + detokenizer.flush()
+    assert text.endswith("BCD")
+
+
+def test_the_space_of_a_first_word_is_kept():
+    """Decoders of the sentencepiece kind strip it when they see the word alone."""
+    vocab = {"▁hello": 0, "▁world": 1, "<unk>": 2}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    detokenizer = Tokenizer(tokenizer).detokenizer([0])
+    assert detokenizer.step(1) == " world"
+
+
+def test_load(tmp_path):
+    assert Tokenizer.load(tmp_path) is None
+    save_byte_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.encode("ab") == [BOS, 97, 98]
+    assert tokenizer.vocab_size == 258
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+
+
+def feed(stop: list[str], pieces: list[str]) -> tuple[list[str], str | None, int]:
+    finder, sent = StopFinder(stop), []
+    for index, piece in enumerate(pieces):
+        out = finder.step(piece)
+        sent.append(out.text)
+        if out.matched is not None:
+            return sent, out.matched, index
+    return [*sent, finder.flush()], None, len(pieces)
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces", "sent", "matched"),
+    [
+        (["ab"], ["x", "a", "c"], ["x", "", "ac", ""], None),
+        (["ab"], ["xa", "b", "never"], ["x", ""], "ab"),
+        (["aab"], ["a", "a", "a", "b"], ["", "", "a", ""], "aab"),
+        (["b", "abc"], ["xab"], ["xa"], "b"),
+        (["abc", "b"], ["x", "abcd"], ["x", ""], "abc"),
+        (["abcd", "bc"], ["ab", "c"], ["", "a"], "bc"),
+        (["long stop"], ["lon", "g st", "op"], ["", "", ""], "long stop"),
+        (["long stop"], ["lon", "g st"], ["", "", "long st"], None),
+        ([], ["a", "b"], ["a", "b", ""], None),
+    ],
+)
+def test_stop_finder(stop, pieces, sent, matched):
+    assert feed(stop, pieces)[:2] == (sent, matched)
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.text("abc", max_size=3), max_size=12),
+)
+def test_stop_finder_against_the_plain_search(stop, pieces):
+    """At each piece: what was sent is a prefix of the text before any match, and a match is found at once."""
+    sent, matched, index = feed(stop, pieces)
+    text = "".join(pieces[: index + 1])
+    firsts = [text.find(s) for s in stop if s in text]
+    if matched is None:
+        assert not firsts
+        assert "".join(sent) == text
+    else:
+        assert "".join(sent) == text[: min(firsts)]
+        assert not any(s in "".join(pieces[:index]) for s in stop)
+
+
+def test_no_stop_strings_cost_nothing():
+    assert StopFinder(()).step("text") == Piece("text")

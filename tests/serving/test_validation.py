@@ -1,0 +1,149 @@
+"""Bad input, clear words: each refusal through a real server names its field, and everything else goes on."""
+
+import asyncio
+import math
+
+import grpc
+import pytest
+
+from serving.client import generate_request
+from serving.proto.loong.v1 import loong_pb2 as pb
+from tests.support.byte_tokenizer import EOS, VOCAB_SIZE
+from tests.support.fake_engine import echo
+from tests.support.live_server import live_server
+
+PROMPT = [5, 6, 7]
+POOL_TOKENS = 4 * 256 * 4
+TOP = {"temperature": 1.0}
+
+
+def request(**fields) -> pb.GenerateRequest:
+    return generate_request(fields.pop("prompt", PROMPT), **fields)
+
+
+BAD = [
+    ("no prompt", pb.GenerateRequest(), "prompt", "text or token_ids"),
+    ("empty text", request(prompt=""), "text", "empty"),
+    ("empty ids", request(prompt=[]), "token_ids", "empty"),
+    ("id too large", request(prompt=[1, 2, VOCAB_SIZE, 9]), "token_ids", f"token {VOCAB_SIZE} at index 2"),
+    ("id largest", request(prompt=[2**31 - 1]), "token_ids", "at index 0"),
+    ("id negative", request(prompt=[1, -1]), "token_ids", "token -1 at index 1"),
+    ("longer than the context", request(prompt=[1] * 2048), "token_ids", "2048 tokens"),
+    ("longer than the pool", request(prompt=[1] * (POOL_TOKENS + 1)), "token_ids", "pool"),
+    ("text longer than the context", request(prompt="x" * 3000), "text", "3001 tokens"),
+    ("max_tokens 0", request(max_tokens=0), "max_tokens", "0 is not within 1 to"),
+    ("max_tokens negative", request(max_tokens=-1), "max_tokens", "-1"),
+    ("max_tokens huge", request(max_tokens=2**63 - 1), "max_tokens", "9223372036854775807"),
+    ("max_tokens beyond the context", request(max_tokens=2046), "max_tokens", "after a prompt of 3"),
+    ("temperature NaN", request(temperature=math.nan), "sampling.temperature", "nan"),
+    ("temperature inf", request(temperature=math.inf), "sampling.temperature", "inf"),
+    ("temperature negative", request(temperature=-0.5), "sampling.temperature", "-0.5"),
+    ("temperature huge", request(temperature=1e30), "sampling.temperature", "not within"),
+    ("temperature tiny", request(temperature=1e-30), "sampling.temperature", "greedy"),
+    ("top_p NaN", request(top_p=math.nan, **TOP), "sampling.top_p", "nan"),
+    ("top_p 0", request(top_p=0.0, **TOP), "sampling.top_p", "above 0"),
+    ("top_p negative", request(top_p=-1.0, **TOP), "sampling.top_p", "above 0"),
+    ("top_p above 1", request(top_p=1.5, **TOP), "sampling.top_p", "at most 1"),
+    ("top_k negative", request(top_k=-1, **TOP), "sampling.top_k", "-1"),
+    ("top_k above the vocabulary", request(top_k=VOCAB_SIZE + 1, **TOP), "sampling.top_k", "vocabulary"),
+    ("top_k huge", request(top_k=2**63 - 1, **TOP), "sampling.top_k", "vocabulary"),
+    ("seed negative", request(seed=-1), "sampling.seed", "-1"),
+    ("seed huge", request(seed=2**32), "sampling.seed", "4294967296"),
+    ("top_k of greedy", request(top_k=5), "sampling.top_k", "contradicts"),
+    ("top_p of greedy", request(top_p=0.5, temperature=0.0), "sampling.top_p", "contradicts"),
+    ("eos as a stop id and ignored", request(stop_token_ids=[EOS], ignore_eos=True), "stop_token_ids", "contradicts"),
+    ("stop id outside", request(stop_token_ids=[1, VOCAB_SIZE]), "stop_token_ids", "at index 1"),
+    ("stop id negative", request(stop_token_ids=[-5]), "stop_token_ids", "token -5"),
+    ("many stop ids", request(stop_token_ids=[1] * 65), "stop_token_ids", "65"),
+    ("10,000 stop strings", request(stop=[f"s{i}" for i in range(10_000)]), "stop", "10000 strings"),
+    ("long stop string", request(stop=["ok", "x" * 257]), "stop", "index 1 has 257"),
+    ("empty stop string", request(stop=[""]), "stop", "index 0 is empty"),
+    ("empty request id", request(request_id=""), "request_id", "0 characters"),
+    ("long request id", request(request_id="x" * 129), "request_id", "129 characters"),
+    ("odd request id", request(request_id="a\nb"), "request_id", "printable"),
+]
+
+
+async def refusal(call) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def test_every_bad_field_is_named_and_all_other_streams_go_on():
+    async def run():
+        async with live_server(step_s=0.001) as live:
+            others = [asyncio.create_task(live.client.generate(request(max_tokens=1500))) for _ in range(4)]
+            for what, bad, field, words in BAD:
+                error = await refusal(live.client.generate(bad, 10))
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, what
+                assert error.details().startswith(f"{field}: "), (what, error.details())
+                assert words in error.details(), (what, error.details())
+                good = await live.client.generate(request(max_tokens=4), 10)
+                assert good.token_ids == echo(PROMPT, 4), what
+            assert not any(other.done() for other in others), "the probes must have run beside open streams"
+            for answer in await asyncio.gather(*others):
+                assert answer.token_ids == echo(PROMPT, 1500)
+
+    asyncio.run(run())
+
+
+def test_bounds_themselves_are_served():
+    async def run():
+        async with live_server() as live:
+            for good in (
+                request(temperature=0.01, max_tokens=1),
+                request(temperature=100.0, top_k=VOCAB_SIZE, top_p=1.0, seed=2**32 - 1, max_tokens=1),
+                request(temperature=0.0, top_k=1, top_p=1.0, seed=0, max_tokens=1),
+                request(temperature=1.0, top_k=0, top_p=1e-6, max_tokens=1),
+                request(max_tokens=2045),
+                request(prompt=[0, VOCAB_SIZE - 1] * 1000, max_tokens=48, ignore_eos=True),
+                request(stop=["x" * 256] * 16, stop_token_ids=[0] * 64, max_tokens=1),
+                request(request_id="x" * 128, max_tokens=1),
+            ):
+                answer = await live.client.generate(good, 20)
+                assert answer.finished.usage.completion_tokens == good.max_tokens
+
+    asyncio.run(run())
+
+
+def test_a_prompt_the_manager_cannot_place_is_refused_by_name():
+    """Fits the context, but prompt and answer need more pages than there are."""
+
+    async def run():
+        from tests.support.fake_engine import FakeManager
+
+        async with live_server(manager=FakeManager(num_instances=2, pages=4, page_tokens=16)) as live:
+            error = await refusal(live.client.generate(request(prompt=[1] * 100, max_tokens=30)))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            # 129 positions would fit the 128 of the pool, but for the last token's: the manager counts pages.
+            error = await refusal(live.client.generate(request(prompt=[1] * 100, max_tokens=29)))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.details().startswith("token_ids: needs 9 pages")
+
+    asyncio.run(run())
+
+
+def test_without_a_tokenizer_text_and_stop_strings_are_refused_and_ids_served():
+    async def run():
+        async with live_server(has_tokenizer=False) as live:
+            error = await refusal(live.client.generate(request(prompt="hello")))
+            assert error.details().startswith("text: ")
+            error = await refusal(live.client.generate(request(stop=["x"])))
+            assert error.details().startswith("stop: ")
+            answer = await live.client.generate(request(max_tokens=5))
+            assert (answer.token_ids, answer.text) == (echo(PROMPT, 5), "")
+
+    asyncio.run(run())
+
+
+def test_watch_interval_is_checked():
+    async def run():
+        async with live_server() as live:
+            for interval_ms in (0, -1, 49, 60_001, 2**63 - 1):
+                with pytest.raises(grpc.aio.AioRpcError, match="interval_ms: ") as caught:
+                    async for _ in live.client.watch_state(interval_ms):
+                        pass
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    asyncio.run(run())

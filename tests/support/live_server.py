@@ -1,0 +1,78 @@
+"""A real grpc.aio server over the fake engine, with a client, in one asyncio loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from serving.client import LoongClient
+from serving.loop import EngineLoop
+from serving.server import LoongServer, ServerConfig
+from serving.state import EngineState
+from serving.tokenizer import Tokenizer
+from serving.validation import ValidationLimits
+from tests.support.byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
+from tests.support.fake_engine import NEEDED, FakeExecutor, FakeManager
+
+
+class Live:
+    """The parts of a running server."""
+
+    def __init__(
+        self, manager: FakeManager, tokenizer: Tokenizer | None, *, step_s: float, ready: bool, drain_s: float
+    ):
+        asyncio_loop = asyncio.get_running_loop()
+        self.manager = manager
+        self.limits = ValidationLimits(
+            vocab_size=VOCAB_SIZE,
+            max_position=2048,
+            pool_tokens=manager.num_instances * manager.pages * manager.page_tokens,
+            eos_ids=(EOS,),
+        )
+        state = EngineState(kv_token_bytes=64, needed=NEEDED, compiles_after_ready=lambda: 0)
+
+        def tell(method: Callable[..., Awaitable[None]], *args: Any) -> None:
+            asyncio_loop.call_soon_threadsafe(lambda: asyncio_loop.create_task(method(*args)))
+
+        self.loop = EngineLoop(
+            manager,
+            state,
+            on_ready=lambda: tell(self.server.ready),
+            on_crash=lambda message: tell(self.server.engine_lost, message),
+        )
+        self.executor = FakeExecutor(self.loop.post, step_s=step_s, ready=ready)
+        self.server = LoongServer(self.loop, tokenizer, self.limits, ServerConfig(port=0, drain_s=drain_s))
+        self.client: LoongClient
+
+
+@contextlib.asynccontextmanager
+async def live_server(
+    *,
+    manager: FakeManager | None = None,
+    tokenizer: Tokenizer | None = None,
+    has_tokenizer: bool = True,
+    step_s: float = 0.0,
+    ready: bool = True,
+    drain_s: float = 5.0,
+) -> AsyncIterator[Live]:
+    tokenizer = (tokenizer or byte_tokenizer()) if has_tokenizer else None
+    live = Live(manager or FakeManager(), tokenizer, step_s=step_s, ready=ready, drain_s=drain_s)
+    port = await live.server.start()
+    live.loop.start(live.executor, asyncio.get_running_loop())
+    async with LoongClient(f"127.0.0.1:{port}") as live.client:
+        try:
+            if ready:
+                await live.client.wait_ready(10)
+            yield live
+        finally:
+            await live.server.stop()
+            live.loop.close()
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until the condition holds; fails the test when it does not in time."""
+    for _ in range(int(timeout_s / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("the condition did not come to hold")
