@@ -29,7 +29,9 @@ def tracked_files() -> list[str]:
     if git.returncode == 0:
         return [path for path in git.stdout.splitlines() if (ROOT / path).exists()]
     roots = (*PACKAGES, "scripts", "tests", "docs")
-    return [str(path.relative_to(ROOT)) for root in roots for path in sorted((ROOT / root).rglob("*")) if path.is_file()]
+    return [
+        str(path.relative_to(ROOT)) for root in roots for path in sorted((ROOT / root).rglob("*")) if path.is_file()
+    ]
 
 
 FILES = tracked_files()
