@@ -23,7 +23,7 @@ find_python() {
 }
 
 # ensure_env EXTRA [PYTHON]: sets `venv`; makes it when missing (with PYTHON, else the oldest supported Python found),
-# and installs the project with EXTRA when pyproject.toml or the checkout's place changed since the last time.
+# and installs the project with EXTRA ("base": without any) when pyproject.toml or the checkout's place changed.
 ensure_env() {
   local extra=$1 request=${2:-} python="" name
   venv=.venv
@@ -47,7 +47,7 @@ ensure_env() {
   local stamp="$venv/.installed-$extra" now
   now="$(cksum <pyproject.toml) $PWD"
   if [[ ! -f $stamp || $(<"$stamp") != "$now" ]]; then
-    say "installing loong-jax[$extra] into $venv"
+    say "installing loong-jax ($extra) into $venv"
     install_project "$extra"
     echo "$now" >"$stamp"
   fi
@@ -56,7 +56,8 @@ ensure_env() {
 
 # uv takes 8 s where pip takes 40, but reads none of pip's configuration (mirrors, certificates): then pip does it.
 install_project() {
-  local log=".cache/install$venv.log" project=".[$1]"
+  local log=".cache/install$venv.log" project=.
+  [[ $1 == base ]] || project=".[$1]"
   if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv >"$log" 2>&1 &&
     "$venv/bin/python" -m uv pip install --python "$venv/bin/python" --editable "$project" >>"$log" 2>&1; then
     return

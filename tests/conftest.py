@@ -6,6 +6,7 @@ Servers and workers that tests start as subprocesses inherit it. What it is not:
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Cores are shared, so no deadlines. The suite draws the same examples each time; the slow leg draws new ones.
+    hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("slow", deadline=None, print_blob=True)
+    hypothesis.settings.load_profile("slow" if config.getoption("--slow") else "suite")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,29 @@ def test_every_op_has_a_reference() -> None:
     ops = {str(Path(path).parent) for path in PACKAGE_FILES if re.fullmatch(r"pallas_kernels/\w+/__init__\.py", path)}
     assert ops
     assert all(f"{op}/reference.py" in FILES for op in ops), ops
+
+
+def test_imports_are_declared() -> None:
+    """An installation without extras runs: every third-party import of the packages is in `dependencies`."""
+    declared = {
+        re.split(r"[\[>=;~ ]", line)[0] for line in tomllib.loads(read("pyproject.toml"))["project"]["dependencies"]
+    }
+    distributions = metadata.packages_distributions()
+    undeclared = {}
+    for path in PACKAGE_FILES:
+        for root in imported_roots(parse(path)) - set(sys.stdlib_module_names) - set(PACKAGES):
+            names = {name.lower().replace("_", "-") for name in distributions.get(root, [root])}
+            if not names & declared:
+                undeclared[root] = path
+    assert not undeclared
+
+
+def imported_roots(tree: ast.Module) -> set[str]:
+    nodes = list(ast.walk(tree))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {
+        name.split(".")[0] for name in plain | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    }
 
 
 def test_no_path_of_a_machine() -> None:
