@@ -73,7 +73,7 @@ class Programs:
     """Executables by (program, instances).
 
     `mesh_of(instances)`: Mesh of shape (dop, tp), axes ("sp", "tp"), over the instances' devices in order.
-    `post` gets one ProgramReady whenever an executable becomes available, from any thread.
+    `post` gets the answers to `prepare`, from the background thread or the caller's.
     `fingerprint` names everything the built functions depend on that is not in `Program` (sources, model, cluster,
     backend flags: `program_store.fingerprint`); executables in the store are found by it.
     `threads`: executables made at once during `warm_up`.
@@ -132,8 +132,8 @@ class Programs:
         programs_and_sets: Sequence[tuple[Program, Instances]],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Make all of them before serving. `progress(done, total)` is called in this thread. Raises what a compile
-        raises."""
+        """Make all of them before serving; `ready` lists them then. `progress(done, total)` is called in this thread.
+        Raises what a compile raises."""
         wanted = [key for key in programs_and_sets if self._is_ours(key[1])]
         with ThreadPoolExecutor(self._threads, thread_name_prefix="warm-up") as pool:
             futures = [pool.submit(self._ensure, *key, Path.WARM_UP) for key in _one_of_each_first(wanted)]
@@ -199,7 +199,6 @@ class Programs:
                 self._after_ready[path, origin] += 1
             if path is Path.SERVING:
                 log.warning("%s on %s was missing in the serving path (%s)", program, instances, origin)
-        self._post(ProgramReady(program, instances))
         return compiled
 
     def _program_lock(self, program: Program) -> threading.Lock:
@@ -217,6 +216,8 @@ class Programs:
                 self._ensure(*key, Path.BACKGROUND)
             except Exception:
                 log.exception("cannot make %s on %s", *key)
+            else:
+                self._post(ProgramReady(*key))
 
     def _is_ours(self, instances: Instances) -> bool:
         here = jax.process_index()
