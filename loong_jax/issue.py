@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import msgspec
+
 from loong_jax import buckets
 from loong_jax.core_state import MAX_QUEUED_STEPS, CoreState
 from loong_jax.request_state import NO_SLOT, RequestState, whole
@@ -64,9 +66,11 @@ def migrate(state: CoreState, planned: PlannedMigrate) -> list[Migrate]:
     steps = MAX_QUEUED_STEPS - max(state.queued[i] for i in pair)
     num_pages = min(rehome.pages, steps * move_pages)
     _check_rehome(state, rehome, num_pages)
+    free = state.ledger.free_pages(rehome.dst)
+    _require(num_pages <= free, "INV-10: migrate: target pages do not fit", rehome, free)
     out = []
     for first in range(0, num_pages, move_pages):
-        moves = _take_moves(state, rehome.request, rehome.src, rehome.dst, min(move_pages, num_pages - first))
+        moves = _take_moves(state, msgspec.structs.replace(rehome, pages=min(move_pages, num_pages - first)), 0)
         for move in moves:
             state.ledger.move(move)
         step = state.open_step(pair, (), (request.id,))
@@ -110,8 +114,7 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
         ids.append(request.id)
     _require(bool(rows), "decode: no rows", instances)
     bucket = buckets.decode_bucket(max(masters.values()), state.cluster.ladder)
-    _require(bucket is not None, "decode: more rows on a master than the largest bucket", masters)
-    _check_ready(state, instances, Program(Phase.DECODE, len(instances), bucket))
+    bucket = _ready_bucket(state, instances, Phase.DECODE, bucket)
     step = state.open_step(instances, tuple(samples), tuple(ids))
     return RunDecode(step, instances, bucket, tuple(rows))
 
@@ -125,16 +128,12 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
     _require(len({r.id for r in requests}) == len(requests), "prefill: a request twice", planned.rows)
     units = [buckets.units(row.runs, page_tokens) for row in planned.rows]
     num_units = sum(map(len, units))
-    bucket = buckets.prefill_bucket(num_units, len(instances), ladder, page_tokens)
-    _require(bucket is not None, "prefill: more units than the largest bucket", num_units)
-    _check_ready(state, instances, Program(Phase.PREFILL, len(instances), bucket))
+    bucket = _ready_bucket(
+        state, instances, Phase.PREFILL, buckets.prefill_bucket(num_units, len(instances), ladder, page_tokens)
+    )
     _check_keep(state, planned, num_units)
     # All pages are taken before any moved page is released: within one program a page is either read or written.
-    moves = tuple(
-        move
-        for rehome in planned.rehome
-        for move in _take_moves(state, rehome.request, rehome.src, rehome.dst, rehome.pages)
-    )
+    moves = _rehome_moves(state, planned.rehome)
     homes = [share.instance for share in planned.keep for _ in range(share.pages)]
     pages = [state.ledger.reserve(share.instance, share.pages) for share in planned.keep]
     pages = [page for taken in pages for page in taken]
@@ -174,12 +173,24 @@ def _prefill_row(
     )
 
 
-def _take_moves(state: CoreState, request: int, src: int, dst: int, num_pages: int) -> tuple[PageMove, ...]:
-    """Moves of the lowest `num_pages` pages from `src`, with pages reserved on `dst`; the ledger has not moved them yet."""
-    entries = state.ledger.table.pages(request, src)[:num_pages]
-    pages = state.ledger.reserve(dst, len(entries))
+def _rehome_moves(state: CoreState, rehomes: Iterable[Rehome]) -> tuple[PageMove, ...]:
+    taken: dict[tuple[int, int], int] = {}
+    moves: list[PageMove] = []
+    for rehome in rehomes:
+        source = (rehome.request, rehome.src)
+        skip = taken.get(source, 0)
+        moves += _take_moves(state, rehome, skip)
+        taken[source] = skip + rehome.pages
+    return tuple(moves)
+
+
+def _take_moves(state: CoreState, rehome: Rehome, skip: int) -> tuple[PageMove, ...]:
+    """Moves of the lowest pages of the source after the first `skip`, with pages reserved on the destination. The
+    ledger has not moved them yet."""
+    entries = state.ledger.table.pages(rehome.request, rehome.src)[skip : skip + rehome.pages]
+    pages = state.ledger.reserve(rehome.dst, len(entries))
     return tuple(
-        PageMove(request, src, entry.page, dst, page, Run(entry.first, entry.count))
+        PageMove(rehome.request, rehome.src, entry.page, rehome.dst, page, Run(entry.first, entry.count))
         for entry, page in zip(entries, pages, strict=True)
     )
 
@@ -227,6 +238,16 @@ def _check_ready(state: CoreState, instances: tuple[int, ...], program: Program)
     _require((program, instances) in state.ready, "group: program is not READY", program, instances)
 
 
+def _ready_bucket(state: CoreState, instances: tuple[int, ...], phase: Phase, smallest: int | None) -> int:
+    """The smallest READY bucket that is at least `smallest`."""
+    ladder = state.cluster.ladder
+    if smallest is not None:
+        for bucket in ladder.prefill_tokens if phase is Phase.PREFILL else ladder.decode_rows:
+            if bucket >= smallest and (Program(phase, len(instances), bucket), instances) in state.ready:
+                return bucket
+    raise PlanError(f"group: no READY {phase} program of bucket {smallest} or more on {instances}")
+
+
 def _check_group(state: CoreState, instances: tuple[int, ...], program: Program) -> None:
     _check_free_group(state, instances)
     _check_ready(state, instances, program)
@@ -272,22 +293,20 @@ def _check_keep(state: CoreState, planned: PlannedPrefill, num_units: int) -> No
     _require(sum(need.values()) == num_units, "prefill: keep does not cover the units", planned.keep, num_units)
     if planned.rehome:
         _require(planned.form is ContextForm.RING, "prefill: only the ring re-homes context", planned.form)
-    sources: set[tuple[int, int]] = set()
+    taken: dict[tuple[int, int], int] = {}
     rows = {row.request for row in planned.rows}
     for rehome in planned.rehome:
         _require(rehome.request in rows, "rehome: request is not in the batch", rehome)
         _require({rehome.src, rehome.dst} <= set(planned.instances), "rehome: outside the group", rehome)
-        _require((rehome.request, rehome.src) not in sources, "rehome: source named twice", rehome)
-        sources.add((rehome.request, rehome.src))
-        _check_rehome(state, rehome, rehome.pages, need.get(rehome.dst, 0))
+        source = (rehome.request, rehome.src)
+        _check_rehome(state, rehome, rehome.pages, taken.get(source, 0))
+        taken[source] = taken.get(source, 0) + rehome.pages
         need[rehome.dst] = need.get(rehome.dst, 0) + rehome.pages
     for instance, pages in need.items():
         free = state.ledger.free_pages(instance)
         _require(pages <= free, "INV-10: prefill: target pages do not fit", instance, pages, free)
 
 
-def _check_rehome(state: CoreState, rehome: Rehome, num_pages: int, also: int = 0) -> None:
-    held = len(state.ledger.table.pages(rehome.request, rehome.src))
+def _check_rehome(state: CoreState, rehome: Rehome, num_pages: int, taken: int = 0) -> None:
+    held = len(state.ledger.table.pages(rehome.request, rehome.src)) - taken
     _require(rehome.src != rehome.dst and 1 <= num_pages <= held, "rehome: no such pages", rehome, held)
-    free = state.ledger.free_pages(rehome.dst) - also
-    _require(num_pages <= free, "INV-10: rehome: target pages do not fit", rehome, free)

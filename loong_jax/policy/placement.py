@@ -1,0 +1,90 @@
+"""Where new KV is kept: even shares on the way, the fewest instances at a prompt's end (LoongServe section 5.4).
+
+What it is: arithmetic over free pages; it changes the caller's `free` as it hands pages out.
+What it is not: a choice of the group, or a migration: what moves here moves while it circulates anyway.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from loong_jax.types import Rehome, RequestView, Share
+
+
+class Placement(NamedTuple):
+    keep: tuple[Share, ...]
+    rehome: tuple[Rehome, ...] = ()
+
+
+def even(view: RequestView, num_units: int, instances: Sequence[int], free: dict[int, int]) -> Placement:
+    """Level the pages of the request over `instances`, as far as free pages allow (they suffice in sum)."""
+    held = {resident.instance: resident.pages for resident in view.resident}
+    heap = [(held.get(i, 0), i) for i in instances if free[i] > 0]
+    heapq.heapify(heap)
+    taken = dict.fromkeys(instances, 0)
+    for _ in range(num_units):
+        pages, instance = heap[0]
+        taken[instance] += 1
+        free[instance] -= 1
+        if free[instance] > 0:
+            heapq.heapreplace(heap, (pages + 1, instance))
+        else:
+            heapq.heappop(heap)
+    return Placement(tuple(Share(i, pages) for i, pages in taken.items() if pages))
+
+
+def packed(
+    view: RequestView,
+    num_units: int,
+    instances: Sequence[int],
+    free: dict[int, int],
+    headroom: int,
+    load: Sequence[int],
+) -> Placement:
+    """Keep the request on the fewest of `instances` that hold it all with `headroom` free pages; its pages elsewhere
+    move there. `load`: decode rows by instance, to spread requests that fit on one. Falls back to even shares."""
+    held = {resident.instance: resident.pages for resident in view.resident}
+    target = _fewest(held, sum(held.values()) + num_units + headroom, instances, free, load)
+    if target is None:
+        return even(view, num_units, instances, free)
+    rehome = []
+    for src in sorted(set(held) - set(target)):
+        left = held[src]
+        for dst in target:
+            pages = min(left, free[dst])
+            if pages:
+                rehome.append(Rehome(view.request, src, dst, pages))
+                free[dst] -= pages
+                left -= pages
+    return Placement(_fill(num_units, target, free), tuple(rehome))
+
+
+def _fewest(
+    held: dict[int, int], need: int, instances: Sequence[int], free: dict[int, int], load: Sequence[int]
+) -> list[int] | None:
+    room = {i: free[i] + held.get(i, 0) for i in instances}
+    single = [i for i in instances if room[i] >= need]
+    if single:
+        return [min(single, key=lambda i: (-held.get(i, 0), load[i], -room[i], i))]
+    by_room = sorted(instances, key=lambda i: (-room[i], i))
+    total = 0
+    for count, instance in enumerate(by_room, start=1):
+        total += room[instance]
+        if total >= need:
+            return sorted(by_room[:count])
+    return None
+
+
+def _fill(num_units: int, target: Sequence[int], free: dict[int, int]) -> tuple[Share, ...]:
+    """Shares in order of `target`, as even as free pages allow."""
+    keep, left = [], num_units
+    by_free = sorted(target, key=lambda i: (free[i], i))
+    for index, instance in enumerate(by_free):
+        pages = min(free[instance], -(-left // (len(by_free) - index)))
+        if pages:
+            keep.append(Share(instance, pages))
+            free[instance] -= pages
+            left -= pages
+    return tuple(keep)

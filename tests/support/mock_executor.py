@@ -1,0 +1,336 @@
+"""An executor without a model: "KV" is the pair (position, token), kept page by page, and a sampled token is a hash of the
+history that the step can actually see.
+
+What it is: a proof device for the manager. Page tables are taken when a command is submitted, contents are read when the
+step runs, and steps run in any order that keeps each device's own. So a page given away too early, written while shared,
+seen twice, or a token fed from a device that does not have it, is caught at the step where it happens.
+What it is not: a simulator of time (`loong_jax/sim`).
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from array import array
+from collections.abc import Callable
+from typing import NamedTuple
+
+from loong_jax import buckets
+from loong_jax.config import ClusterConfig
+from loong_jax.runs import RunTable
+from loong_jax.types import (
+    AnyCommand,
+    AnyEvent,
+    CopyPages,
+    DecodeRow,
+    Fork,
+    Free,
+    Migrate,
+    PageMove,
+    Prepare,
+    PrefillRow,
+    ProgramReady,
+    Reset,
+    RunDecode,
+    RunPrefill,
+    Sampling,
+    StepCommand,
+    StepDone,
+    StepFailed,
+    Truncate,
+)
+
+VOCAB = 97
+
+
+class MockError(AssertionError):
+    """The commands ask for something a device could not do right."""
+
+
+def require(condition: bool, *details: object) -> None:
+    if not condition:
+        raise MockError(*details)
+
+
+def next_token(history: array[int], sampling: Sampling) -> int:
+    """The mock model: depends on every token before, in order, and on the seed."""
+    return zlib.crc32(history.tobytes(), sampling.seed & 0xFFFFFFFF) % VOCAB
+
+
+def oracle(prompt: array[int], sampling: Sampling, num_tokens: int) -> list[int]:
+    history, out = array("i", prompt), []
+    for _ in range(num_tokens):
+        out.append(next_token(history, sampling))
+        history.append(out[-1])
+    return out
+
+
+class Entry(NamedTuple):
+    instance: int
+    page: int
+    first: int
+    count: int
+
+
+class _Pending(NamedTuple):
+    command: StepCommand
+    instances: tuple[int, ...]
+    context: tuple[tuple[Entry, ...], ...]  # by row, as the table stood at submission
+
+
+class MockExecutor:
+    def __init__(self, cluster: ClusterConfig, post: Callable[[AnyEvent], None], rng: random.Random) -> None:
+        self._cluster = cluster
+        self._post = post
+        self._rng = rng
+        self._table = RunTable()
+        self._owners: dict[tuple[int, int], set[int]] = {}
+        n = cluster.num_instances
+        self._pages: list[dict[int, list[tuple[int, int] | None]]] = [{} for _ in range(n)]
+        self._last: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(n)]  # slot -> request, position, token
+        self._queues: list[list[int]] = [[] for _ in range(n)]
+        self._pending: dict[int, _Pending] = {}
+        self._failing: set[int] = set()
+        self._poisoned: set[int] = set()
+        self._late: list[AnyEvent] = []
+        self.num_steps = 0
+        self.moved_pages = 0
+
+    # ---- the Executor protocol
+
+    def submit(self, command: AnyCommand) -> None:
+        if isinstance(command, RunPrefill | RunDecode | Migrate | CopyPages):
+            self._enqueue(command)
+        elif isinstance(command, Free):
+            for pair in self._table.drop(command.request, command.instances):
+                self._release(pair, command.request)
+        elif isinstance(command, Truncate):
+            for pair in self._table.truncate(command.request, command.kv_len):
+                self._release(pair, command.request)
+        elif isinstance(command, Fork):
+            self._table.share(command.parent, command.child, command.shared)
+            for instance, page, _ in command.shared:
+                require(command.parent in self._owners[instance, page], "fork of a page the parent lacks", command)
+                self._owners[instance, page].add(command.child)
+        elif isinstance(command, Reset):
+            for instance in command.instances:
+                require(not self._queues[instance], "reset of an instance with steps in flight", command)
+                self._pages[instance].clear()
+                self._last[instance].clear()
+                self._poisoned.discard(instance)
+        elif isinstance(command, Prepare):
+            self._late.append(ProgramReady(command.program, command.instances))
+
+    # ---- what a test does to it
+
+    def fail(self, step: int) -> None:
+        """This step will fail when it runs."""
+        self._failing.add(step)
+
+    def lose(self, instance: int) -> None:
+        """The instance dies: everything that touches it fails until it is Reset."""
+        self._poisoned.add(instance)
+
+    @property
+    def steps_in_flight(self) -> list[int]:
+        return sorted(self._pending)
+
+    def advance(self) -> None:
+        """Run one step that heads the queue of all its devices, or let a late completion through."""
+        heads = [
+            step
+            for step, pending in self._pending.items()
+            if all(self._queues[i][0] == step for i in pending.instances)
+        ]
+        require(bool(heads) or bool(self._late) or not self._pending, "queues are in deadlock")
+        if heads and (not self._late or self._rng.random() < 0.7):
+            self._late.append(self._run(self._rng.choice(heads)))
+        if self._late and (not self._pending or self._rng.random() < 0.7):
+            self._post(self._late.pop(self._rng.randrange(len(self._late))))
+
+    # ---- submission: tables and ownership, in the order of commands
+
+    def _enqueue(self, command: StepCommand) -> None:
+        instances = (command.instance,) if isinstance(command, CopyPages) else command.instances
+        require(list(instances) == sorted(set(instances)), "instances are not sorted", command)
+        for instance in instances:
+            require(len(self._queues[instance]) < 2, "INV-6: a third step", instance, command)
+        if isinstance(command, RunPrefill):
+            context = self._submit_prefill(command)
+        elif isinstance(command, RunDecode):
+            context = tuple(self._submit_decode_row(command, row) for row in command.rows)
+            rows = [sum(row.master == i for row in command.rows) for i in instances]
+            require(max(rows) <= command.bucket, "bucket is too small", command)
+        elif isinstance(command, Migrate):
+            require(len(instances) == 2 and len(command.moves) <= self._cluster.ladder.move_pages, command)
+            context = ()
+            for move in command.moves:
+                self._move(move, instances)
+        else:
+            context = ()
+            for copy in command.copies:
+                self._own(command.instance, copy.dst_page, copy.request)
+                self._table.put(copy.request, command.instance, copy.dst_page, copy.run)
+        self._pending[command.step] = _Pending(command, instances, context)
+        for instance in instances:
+            self._queues[instance].append(command.step)
+
+    def _submit_prefill(self, command: RunPrefill) -> tuple[tuple[Entry, ...], ...]:
+        page_tokens, dop = self._cluster.page_tokens, len(command.instances)
+        context = tuple(self._entries(row.request, command.instances) for row in command.rows)
+        num_units = sum(buckets.num_units(row.runs, page_tokens) for row in command.rows)
+        require(-(-num_units // dop) * page_tokens <= command.bucket, "bucket is too small", command)
+        # The moved pages' old homes may not be written by this very program: take new pages first, then release.
+        for move in command.moves:
+            self._own(move.dst, move.dst_page, move.request)
+        for row in command.rows:
+            units = buckets.units(row.runs, page_tokens)
+            require(len(units) == len(row.homes) == len(row.pages), "units, homes and pages differ", row)
+            for unit, home, page in zip(units, row.homes, row.pages, strict=True):
+                require(home in command.instances, "home outside the group", row)
+                self._own(home, page, row.request)
+                self._table.put(row.request, home, page, unit)
+        for move in command.moves:
+            require({move.src, move.dst} <= set(command.instances), "move outside the group", move)
+            self._table.move(move)
+            self._release((move.src, move.src_page), move.request)
+            self.moved_pages += 1
+        return context
+
+    def _submit_decode_row(self, command: RunDecode, row: DecodeRow) -> tuple[Entry, ...]:
+        require(row.master in command.instances, "master outside the group", row)
+        require(row.run.end == row.position + 1, "run does not end at the position", row)
+        if row.run.count == 1:
+            self._own(row.master, row.page, row.request)
+        require(self._owners[row.master, row.page] == {row.request}, "INV-5: write to a shared page", row)
+        self._table.put(row.request, row.master, row.page, row.run)
+        return self._entries(row.request, command.instances)
+
+    def _entries(self, request: int, group: tuple[int, ...]) -> tuple[Entry, ...]:
+        held = self._table.instances(request)
+        require(set(held) <= set(group), "KV outside the group", request, held, group)
+        return tuple(Entry(i, e.page, e.first, e.count) for i in held for e in self._table.pages(request, i))
+
+    def _move(self, move: PageMove, instances: tuple[int, ...]) -> None:
+        require({move.src, move.dst} == set(instances), "move outside the pair", move)
+        self._own(move.dst, move.dst_page, move.request)
+        self._table.move(move)
+        self._release((move.src, move.src_page), move.request)
+        self.moved_pages += 1
+
+    def _own(self, instance: int, page: int, request: int) -> None:
+        require(0 <= page < self._cluster.pages_per_instance, "no such page", page)
+        require((instance, page) not in self._owners, "page is in use", instance, page, request)
+        self._owners[instance, page] = {request}
+
+    def _release(self, pair: tuple[int, int], request: int) -> None:
+        owners = self._owners[pair]
+        owners.remove(request)
+        if not owners:
+            del self._owners[pair]
+
+    # ---- execution: contents, in the order of each device
+
+    def _run(self, step: int) -> AnyEvent:
+        pending = self._pending.pop(step)
+        for instance in pending.instances:
+            require(self._queues[instance].pop(0) == step, "order")
+        self.num_steps += 1
+        if step in self._failing or not self._poisoned.isdisjoint(pending.instances):
+            self._poisoned.update(pending.instances)
+            return StepFailed(step, pending.instances, "injected")
+        command = pending.command
+        if isinstance(command, RunPrefill):
+            return StepDone(step, *self._run_prefill(command, pending.context))
+        if isinstance(command, RunDecode):
+            return StepDone(step, *self._run_decode(command, pending.context))
+        if isinstance(command, Migrate):
+            for move in command.moves:
+                self._copy(move.src, move.src_page, move.dst, move.dst_page, move.run.first, move.run.count)
+        else:
+            for copy in command.copies:
+                instance = command.instance
+                self._copy(instance, copy.src_page, instance, copy.dst_page, copy.run.first, copy.run.count)
+        return StepDone(step)
+
+    def _run_prefill(
+        self, command: RunPrefill, context: tuple[tuple[Entry, ...], ...]
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        read = {(entry.instance, entry.page) for entries in context for entry in entries}
+        written = {(h, p) for row in command.rows for h, p in zip(row.homes, row.pages, strict=True)}
+        written |= {(move.dst, move.dst_page) for move in command.moves}
+        require(not read & written, "one program reads and writes a page", read & written)
+        sampled = []
+        for row, entries in zip(command.rows, context, strict=True):
+            known = self._visible(entries)
+            known |= self._fresh(row, known)
+            end = row.runs[-1].end
+            require(set(range(end)) <= set(known), "prefill over a hole", row.request, end)
+            for unit, home, page in zip(
+                buckets.units(row.runs, self._cluster.page_tokens), row.homes, row.pages, strict=True
+            ):
+                self._pages[home][page] = [(p, known[p]) for p in range(unit.first, unit.end)]
+            if row.emit:
+                require(len(known) == end, "emitting row does not end the request", row.request)
+                token = next_token(array("i", [known[p] for p in range(end)]), row.sampling)
+                sampled.append((row.slot, row.request, end, token))
+        for move in command.moves:
+            self._copy(move.src, move.src_page, move.dst, move.dst_page, move.run.first, move.run.count)
+        return self._sampled(command.instances, sampled)
+
+    def _fresh(self, row: PrefillRow, known: dict[int, int]) -> dict[int, int]:
+        positions = [p for run in row.runs for p in range(run.first, run.end)]
+        tokens = array("i")
+        tokens.frombytes(row.tokens)
+        require(len(tokens) == len(positions), "tokens and runs differ", row)
+        require(not known.keys() & set(positions), "INV-5: a position is computed twice", row.request)
+        return dict(zip(positions, tokens, strict=True))
+
+    def _run_decode(
+        self, command: RunDecode, context: tuple[tuple[Entry, ...], ...]
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        for row in command.rows:
+            token = row.token
+            if token < 0:
+                owner = self._last[row.master].get(row.slot)
+                require(owner is not None and owner[:2] == (row.request, row.position), "device lacks the token", row, owner)
+                token = owner[2]
+            if row.run.count == 1:
+                self._pages[row.master][row.page] = []
+            page = self._pages[row.master][row.page]
+            del page[row.run.count - 1 :]  # what a truncated text left behind
+            require(len(page) == row.run.count - 1, "open page has a gap", row, page)
+            page.append((row.position, token))
+        sampled = []
+        for row, entries in zip(command.rows, context, strict=True):
+            known = self._visible(entries)
+            require(len(known) == row.position + 1 and max(known) == row.position, "decode over a hole", row, sorted(known))
+            history = array("i", [known[p] for p in range(row.position + 1)])
+            sampled.append((row.slot, row.request, row.position + 1, next_token(history, row.sampling)))
+        return self._sampled(command.instances, sampled)
+
+    def _sampled(
+        self, instances: tuple[int, ...], sampled: list[tuple[int, int, int, int]]
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        for slot, request, position, token in sampled:
+            for instance in instances:
+                self._last[instance][slot] = (request, position, token)
+        return tuple(s[3] for s in sampled), tuple(-float(s[2]) for s in sampled)
+
+    def _visible(self, entries: tuple[Entry, ...]) -> dict[int, int]:
+        known: dict[int, int] = {}
+        for instance, page, first, count in entries:
+            content = self._pages[instance].get(page, [])[:count]
+            require(
+                [c and c[0] for c in content] == list(range(first, first + count)),
+                "page holds something else", instance, page, first, count, content,
+            )  # fmt: skip
+            for position, token in content:  # type: ignore[misc]
+                require(position not in known, "INV-5: a position is visible twice", position)
+                known[position] = token
+        return known
+
+    def _copy(self, src: int, src_page: int, dst: int, dst_page: int, first: int, count: int) -> None:
+        content = self._pages[src].get(src_page, [])[:count]
+        require([c and c[0] for c in content] == list(range(first, first + count)), "moved page holds something else")
+        self._pages[dst][dst_page] = list(content)
