@@ -33,6 +33,19 @@ def _pad_dim(values: Array, pool_dim: int) -> Array:
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, pool_dim - values.shape[-1])])
 
 
+def gather_heads(
+    kv_pages: Shaped[Array, "layers pages 2 kvh page_tokens pool_dim"],
+    layer: int | Int[Array, ""],
+    pages: Int[Array, " n"],
+    dim: int,
+) -> Float[Array, "2 kvh ctx dim"]:
+    """K and V of whole pages of one layer, heads outside: what attention eats. Otherwise as `gather_pages`."""
+    _, num_pages, _, kvh, _, _ = kv_pages.shape
+    pages = jnp.clip(pages, 0, num_pages - 1)
+    stored = kv_pages.at[layer, pages].get(mode="promise_in_bounds")  # [n, 2, kvh, page_tokens, pool_dim]
+    return decode_bits(stored[..., :dim]).transpose(1, 2, 0, 3, 4).reshape(2, kvh, -1, dim)
+
+
 def gather_pages(
     kv_pages: Shaped[Array, "layers pages 2 kvh page_tokens pool_dim"],
     layer: int | Int[Array, ""],
@@ -45,13 +58,8 @@ def gather_pages(
     `dim` cuts the padding off (all of `pool_dim` if None); `dtype` converts (as stored if None, uint16 as bfloat16). Page
     indices outside the pool are clipped: mask what comes from them.
     """
-    _, num_pages, _, kvh, page_tokens, pool_dim = kv_pages.shape
-    pages = jnp.clip(pages, 0, num_pages - 1)
-    gathered = kv_pages.at[layer, pages].get(mode="promise_in_bounds")  # [n, 2, kvh, page_tokens, pool_dim]
-    values = decode_bits(gathered[..., : pool_dim if dim is None else dim])
-    values = values if dtype is None else values.astype(dtype)
-    values = values.transpose(1, 0, 3, 2, 4).reshape(2, -1, kvh, values.shape[-1])
-    return values[K], values[V]
+    k, v = gather_heads(kv_pages, layer, pages, kv_pages.shape[-1] if dim is None else dim).swapaxes(1, 2)
+    return (k, v) if dtype is None else (k.astype(dtype), v.astype(dtype))
 
 
 def write_pages(

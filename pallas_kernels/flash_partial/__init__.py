@@ -7,11 +7,11 @@ computed from (request, position) of both sides. What it is not: the ring around
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.flash_partial import reference
+from pallas_kernels.flash_partial import blockwise, reference
 from pallas_kernels.partial import Partial
 
-IMPLEMENTATIONS = {"reference": reference.flash_partial}
-ORDER = {"cpu": ("reference",), "tpu": ("reference",), "gpu": ("reference",)}
+IMPLEMENTATIONS = {"blockwise": blockwise.flash_partial, "reference": reference.flash_partial}
+ORDER = dict.fromkeys(("cpu", "tpu", "gpu"), ("blockwise", "reference"))
 
 
 def flash_partial(

@@ -7,11 +7,11 @@ of q and partials between instances (`loong_jax/esp`).
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.paged_partial import reference
+from pallas_kernels.paged_partial import blockwise, reference
 from pallas_kernels.partial import Partial
 
-IMPLEMENTATIONS = {"reference": reference.paged_partial}
-ORDER = {"cpu": ("reference",), "tpu": ("reference",), "gpu": ("reference",)}
+IMPLEMENTATIONS = {"blockwise": blockwise.paged_partial, "reference": reference.paged_partial}
+ORDER = dict.fromkeys(("cpu", "tpu", "gpu"), ("blockwise", "reference"))
 
 
 def paged_partial(

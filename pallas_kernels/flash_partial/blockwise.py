@@ -1,0 +1,134 @@
+"""`flash_partial` in blocks of pure JAX: for CPU, and for every platform that has no kernel yet.
+
+Queries and keys are cut into blocks. From (request, position) summaries of the blocks follows which key blocks each
+query block can see at all; only those are computed, so causal prompts, chunks, stripes, ragged batches, padding and
+windows cost what they show. The list of blocks is data: one program serves every layout.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.partial import Partial
+from pallas_kernels.softmax import finish, fold, start, varying_zero
+
+Q_ROWS = 512
+"""Rows of a score tile: block_q * (heads per KV head)."""
+KV_BLOCK = 256
+
+_BIG = jnp.iinfo(jnp.int32).max
+
+
+class Extent(NamedTuple):
+    """What a block of tokens covers: its smallest and largest (request, position), compared request first."""
+
+    low_req: Int[Array, " block"]
+    low_pos: Int[Array, " block"]
+    high_req: Int[Array, " block"]
+    high_pos: Int[Array, " block"]
+    min_pos: Int[Array, " block"]
+    max_pos: Int[Array, " block"]
+
+
+def extents(req: Int[Array, "block tok"], pos: Int[Array, "block tok"]) -> Extent:
+    """Padding is left out; a block of padding has low_req > high_req."""
+    valid = req >= 0
+    low_req = jnp.where(valid, req, _BIG).min(axis=1)
+    high_req = jnp.where(valid, req, -1).max(axis=1)
+    return Extent(
+        low_req,
+        jnp.where(req == low_req[:, None], pos, _BIG).min(axis=1),
+        high_req,
+        jnp.where(valid & (req == high_req[:, None]), pos, -1).max(axis=1),
+        jnp.where(valid, pos, _BIG).min(axis=1),
+        jnp.where(valid, pos, -1).max(axis=1),
+    )
+
+
+def may_see(q: Extent, kv: Extent, window: int | None) -> Bool[Array, "qblock kvblock"]:
+    """False only where no query of the block sees any key of the block.
+
+    A visible key is never above its query in (request, position) order, so a key block whose lowest is above the query
+    block's highest is out: this keeps neighbouring requests of a ragged batch apart. The window bounds the other side.
+    """
+    q = Extent(*(a[:, None] for a in q))
+    above = (kv.low_req > q.high_req) | ((kv.low_req == q.high_req) & (kv.low_pos > q.high_pos))
+    hidden = above | (kv.high_req < q.low_req) | (kv.min_pos > q.max_pos) | (q.high_req < 0) | (kv.high_req < 0)
+    if window is not None:
+        hidden |= q.min_pos - kv.max_pos >= window
+        hidden |= (kv.high_req == q.low_req) & (q.low_pos - kv.high_pos >= window)
+    return ~hidden
+
+
+def block_lists(seen: Bool[Array, "qblock kvblock"]) -> tuple[Int[Array, "qblock kvblock"], Int[Array, " qblock"]]:
+    """For each query block the indices of its key blocks, first `count` of the row, ascending."""
+    num_q, num_kv = seen.shape
+    place = jnp.where(seen, jnp.cumsum(seen, axis=1) - 1, num_kv)
+    rows = jnp.broadcast_to(jnp.arange(num_q)[:, None], seen.shape)
+    columns = jnp.broadcast_to(jnp.arange(num_kv), seen.shape)
+    return jnp.zeros(seen.shape, jnp.int32).at[rows, place].set(columns, mode="drop"), seen.sum(axis=1)
+
+
+def _blocks(a: Array, size: int, fill: int) -> Array:
+    """`[tok, ...]` to `[block, size, ...]`, the last block filled up."""
+    num_blocks = -(-a.shape[0] // size)
+    a = jnp.pad(a, [(0, num_blocks * size - a.shape[0])] + [(0, 0)] * (a.ndim - 1), constant_values=fill)
+    return a.reshape(num_blocks, size, *a.shape[1:])
+
+
+def block_size(limit: int, num_tokens: int) -> int:
+    """At most `limit`, a power of two at least 16, no larger than the tokens need."""
+    return min(max(limit, 16), max(16, _next_power_of_2(num_tokens)))
+
+
+def _next_power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+def flash_partial(
+    q: Float[Array, "tok head dim"],
+    k: Float[Array, "ctx kvh dim"],
+    v: Float[Array, "ctx kvh dim"],
+    q_req: Int[Array, " tok"],
+    q_pos: Int[Array, " tok"],
+    kv_req: Int[Array, " ctx"],
+    kv_pos: Int[Array, " ctx"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    q_rows: int = Q_ROWS,
+    kv_block: int = KV_BLOCK,
+) -> Partial:
+    """See `pallas_kernels.flash_partial`. `q_rows`, `kv_block`: sizes of a score tile."""
+    num_tokens, num_heads, dim = q.shape
+    kvh = k.shape[1]
+    group = num_heads // kvh
+    bq, bk = block_size(q_rows // group, num_tokens), block_size(kv_block, k.shape[0])
+    zero = varying_zero(q, k, v, q_req, q_pos, kv_req, kv_pos)
+
+    present = (kv_req >= 0)[:, None, None]
+    qs = _blocks(q, bq, 0).reshape(-1, bq, kvh, group, dim).transpose(0, 2, 3, 1, 4).reshape(-1, kvh, group * bq, dim)
+    ks = _blocks(k, bk, 0).transpose(0, 2, 1, 3)
+    vs = _blocks(jnp.where(present, v, 0), bk, 0).transpose(0, 2, 1, 3)  # 0 * NaN is NaN: padding must be 0
+    q_reqs, q_poss = _blocks(q_req, bq, -1), _blocks(q_pos, bq, -1)
+    kv_reqs, kv_poss = _blocks(kv_req, bk, -1), _blocks(kv_pos, bk, -1)
+    lists, counts = block_lists(may_see(extents(q_reqs, q_poss), extents(kv_reqs, kv_poss), window))
+
+    def one_q_block(block: tuple[Array, ...]) -> Partial:
+        qi, req, pos, kv_blocks, count = block
+
+        def one_kv_block(step: Array, running):
+            j = kv_blocks[step]
+            visible = (req[:, None] == kv_reqs[j]) & (req >= 0)[:, None] & (kv_poss[j] <= pos[:, None])
+            if window is not None:
+                visible &= pos[:, None] - kv_poss[j] < window
+            return fold(running, qi, ks[j], vs[j], jnp.tile(visible, (group, 1)), scale=scale, soft_cap=soft_cap)
+
+        return finish(lax.fori_loop(0, count, one_kv_block, start(kvh, group * bq, dim, zero)), bq)
+
+    out, lse = lax.map(one_q_block, (qs, q_reqs, q_poss, lists, counts))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_tokens], Partial(out, lse))

@@ -1,0 +1,287 @@
+"""The conformance cases of the kernels: inputs, poisoned where nothing may be read, and the dense answer in float64.
+
+An implementation passes when it gives the dense answer for every case or refuses it with NotImplementedError *and* says
+so in `test_conformance.UNSUPPORTED`. Everything an op must not read is NaN: padding tokens, unused slots, pages and
+table entries.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.partial import NEG, Partial
+from pallas_kernels.storage import encode_bits
+
+Layout = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+
+
+class FlashCase(NamedTuple):
+    name: str
+    layout: Layout
+    tok: int = 128
+    ctx: int = 128
+    heads: int = 4
+    kvh: int = 2
+    dim: int = 64
+    dtype: str = "float32"
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+class PagedCase(NamedTuple):
+    """`ctx`: tokens each row has on this instance. `behind`: q stands that many tokens before the row's end."""
+
+    name: str
+    ctx: tuple[int, ...]
+    page_tokens: int = 16
+    qtok: int = 1
+    heads: int = 4
+    kvh: int = 2
+    dim: int = 64
+    pool_dim: int = 0  # 0: as dim
+    num_pages: int = 64
+    num_entries: int = 96
+    dtype: str = "float32"
+    storage: str = "float32"
+    window: int | None = None
+    soft_cap: float | None = None
+    behind: int = 0
+    gaps: bool = False  # partly filled pages in any order, rows sharing their first page
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layouts of flash_partial: (q_req, q_pos, kv_req, kv_pos)
+
+
+def causal(rng, tok, ctx):
+    return np.zeros(tok), np.arange(tok), np.zeros(ctx), np.arange(ctx)
+
+
+def chunk(rng, tok, ctx):
+    return np.zeros(tok), np.arange(ctx - tok, ctx), np.zeros(ctx), np.arange(ctx)
+
+
+def striped(rng, tok, ctx):
+    """Rank 1's queries against rank 2's keys of four, in units of 16, over three requests of one concatenation."""
+    position = np.arange(4 * max(tok, ctx))
+    ends = np.array([37, 3 * len(position) // 5])
+    req = np.searchsorted(ends, position, side="right")
+    pos = position - np.concatenate([[0], ends])[req]
+    rank = position // 16 % 4
+    q, kv = position[rank == 1][:tok], position[rank == 2][:ctx]
+    return req[q], pos[q], req[kv], pos[kv]
+
+
+def ragged(rng, tok, ctx):
+    """Requests of 1, 2, 5, 14, ... tokens end to end; the last eighth is padding."""
+    req, pos, length = [], [], 1
+    while len(req) < tok:
+        req += [len(set(req))] * length
+        pos += range(length)
+        length = 3 * length - 1 if length > 1 else 2
+    req, pos = np.array(req[:tok]), np.array(pos[:tok])
+    req[tok - tok // 8 :] = -1
+    return req, pos, np.resize(req, ctx), np.resize(pos, ctx)
+
+
+def scattered(rng, tok, ctx):
+    """Any tokens of any request in any order on either side, a fifth of them padding."""
+
+    def side(num_tokens):
+        req = rng.integers(0, 5, num_tokens)
+        pos = rng.permutation(4 * num_tokens)[:num_tokens]
+        return np.where(rng.random(num_tokens) < 0.2, -1, req), pos
+
+    return *side(tok), *side(ctx)
+
+
+def all_padding(rng, tok, ctx):
+    return np.full(tok, -1), np.arange(tok), np.full(ctx, -1), np.arange(ctx)
+
+
+def padded_keys(rng, tok, ctx):
+    return np.zeros(tok), np.arange(tok), np.full(ctx, -1), np.arange(ctx)
+
+
+def future(rng, tok, ctx):
+    return np.zeros(tok), np.arange(tok), np.zeros(ctx), tok + np.arange(ctx)
+
+
+def strangers(rng, tok, ctx):
+    return np.ones(tok), np.arange(tok), np.arange(ctx) % 2 * 2, np.arange(ctx)
+
+
+FLASH_CASES = [
+    *[FlashCase(f.__name__, f) for f in (causal, striped, ragged, scattered)],
+    *[FlashCase(f.__name__, f) for f in (all_padding, padded_keys, future, strangers)],
+    FlashCase("chunk", chunk, tok=128, ctx=512),
+    FlashCase("long causal", causal, tok=1024, ctx=1024),
+    FlashCase("long ragged", ragged, tok=1024, ctx=1024),
+    FlashCase("long striped", striped, tok=1024, ctx=768),
+    FlashCase("long scattered", scattered, tok=640, ctx=1200),
+    FlashCase("few queries, odd sizes", chunk, tok=7, ctx=301),
+    FlashCase("one query", chunk, tok=1, ctx=129),
+    FlashCase("few keys", scattered, tok=300, ctx=5),
+    FlashCase("window of one", causal, window=1),
+    FlashCase("window", causal, tok=768, ctx=768, window=100),
+    FlashCase("window striped", striped, tok=256, ctx=256, window=90),
+    FlashCase("window scattered", scattered, tok=256, ctx=512, window=150),
+    FlashCase("soft cap", ragged, soft_cap=2.0),
+    FlashCase("soft cap and window", chunk, tok=128, ctx=512, soft_cap=5.0, window=64),
+    FlashCase("MHA", ragged, heads=4, kvh=4),
+    FlashCase("MQA", causal, heads=8, kvh=1),
+    FlashCase("one head", causal, heads=1, kvh=1),
+    FlashCase("32 heads", ragged, heads=32, kvh=8, dim=16),
+    *[FlashCase(f"dim {dim}", ragged, dim=dim) for dim in (16, 80, 128)],
+    *[FlashCase(f"bf16 {f.__name__}", f, dtype="bfloat16") for f in (causal, striped, ragged, scattered, future)],
+    FlashCase("bf16 long dim 128", chunk, tok=512, ctx=1024, dim=128, dtype="bfloat16"),
+]
+
+PAGED_CASES = [
+    PagedCase("one row", (100,)),
+    PagedCase("one token", (1,)),
+    PagedCase("rows", (100, 16, 1, 333, 17)),
+    PagedCase("empty rows", (0, 40, 0, 0, 7, 0)),
+    PagedCase("all empty", (0, 0, 0)),
+    PagedCase("gaps", (100, 60, 0, 200), gaps=True),
+    PagedCase("between tiles", (64, 63, 65, 512, 511, 513), num_pages=128, num_entries=160),
+    PagedCase("queries behind", (100, 30, 300), behind=29),
+    PagedCase("queries before all", (100, 30), behind=1000),
+    PagedCase("gather-q", (100, 0, 333), qtok=16),
+    PagedCase("gather-q behind, gaps", (100, 40, 333), qtok=16, behind=25, gaps=True),
+    PagedCase("gather-q of odd size", (50, 70), qtok=5),
+    *[PagedCase(f"page {p}", (70, 0, 33), page_tokens=p, num_pages=112, num_entries=128) for p in (1, 2, 8, 64, 128)],
+    PagedCase("thousands of entries", (3000, 0, 500), page_tokens=1, num_pages=4096, num_entries=9000),
+    PagedCase("window of one", (100, 30), window=1),
+    PagedCase("window", (400, 30, 600), window=70, num_pages=128),
+    PagedCase("window gather-q gaps", (300, 60), qtok=16, window=33, gaps=True),
+    PagedCase("soft cap", (100, 40), soft_cap=2.0),
+    PagedCase("MHA", (100, 40), kvh=4),
+    PagedCase("MQA", (100, 40), heads=8, kvh=1),
+    *[PagedCase(f"dim {d}", (100, 40), dim=d) for d in (16, 80, 128)],
+    PagedCase("lanes", (100, 40), dim=64, pool_dim=128),
+    PagedCase("lanes, gather-q", (100, 40), dim=80, pool_dim=128, qtok=16),
+    PagedCase("bf16", (100, 0, 333), dtype="bfloat16", storage="bfloat16"),
+    PagedCase("bits", (100, 0, 333), dtype="bfloat16", storage="uint16"),
+    PagedCase("bits, gaps", (100, 60, 333), dtype="bfloat16", storage="uint16", gaps=True, pool_dim=128),
+    PagedCase("bits, gather-q", (100, 0, 333), dtype="bfloat16", storage="uint16", qtok=16, behind=20),
+    PagedCase("bits, f32 queries", (100, 50), storage="uint16"),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Inputs
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.array(jnp.asarray(rng.standard_normal(shape), dtype).astype(jnp.float32))
+
+
+def flash_inputs(case: FlashCase) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(len(case.name) + case.tok)
+    q_req, q_pos, kv_req, kv_pos = (np.asarray(a, np.int32) for a in case.layout(rng, case.tok, case.ctx))
+    q = 2 * _normal(rng, (case.tok, case.heads, case.dim), case.dtype)
+    k, v = (_normal(rng, (case.ctx, case.kvh, case.dim), case.dtype) for _ in range(2))
+    q[q_req < 0] = np.nan
+    k[kv_req < 0] = np.nan
+    v[kv_req < 0] = np.nan
+    arrays = {name: jnp.asarray(a, case.dtype) for name, a in (("q", q), ("k", k), ("v", v))}
+    return arrays | {
+        n: jnp.asarray(a) for n, a in zip(("q_req", "q_pos", "kv_req", "kv_pos"), (q_req, q_pos, kv_req, kv_pos))
+    }
+
+
+def paged_inputs(case: PagedCase) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(len(case.name) + sum(case.ctx))
+    num_layers, num_rows = 3, len(case.ctx)
+    free = list(rng.permutation(case.num_pages))
+    pool = np.full(
+        (num_layers, case.num_pages, 2, case.kvh, case.page_tokens, case.pool_dim or case.dim), np.nan, np.float32
+    )
+    entries = rng.integers(-(2**30), 2**30, (case.num_entries, 3)).astype(np.int32)
+    row_start = rng.integers(0, case.num_entries, num_rows).astype(np.int32)  # of an empty row: anything
+    row_len = np.zeros(num_rows, np.int32)
+    q_pos = np.full((num_rows, case.qtok), -1, np.int32)
+    cursor = 3  # the table need not start at 0
+    for row, ctx in enumerate(case.ctx):
+        first, table = int(rng.integers(0, 50)), []
+        start = first
+        while first < start + ctx:
+            page = free.pop()
+            most = rng.integers(1, case.page_tokens + 1) if case.gaps else case.page_tokens
+            count = min(most, start + ctx - first)
+            pool[1, page, :, :, :count] = 0
+            pool[1, page, :, :, :count, : case.dim] = _normal(rng, (2, case.kvh, count, case.dim), "bfloat16")
+            table.append((page, first, count))
+            first += count
+        if case.gaps and row > 0 and row_len[0] > 0:
+            table.append(tuple(entries[row_start[0]]))
+        table = rng.permutation(np.array(table, np.int32).reshape(-1, 3)) if case.gaps else table
+        if len(table):
+            entries[cursor : cursor + len(table)] = table
+            row_start[row], row_len[row] = cursor, len(table)
+        cursor += len(table)
+        last = max(start + ctx - case.behind, 0)
+        q_pos[row] = last + np.arange(case.qtok)
+        q_pos[row, case.qtok - case.qtok // 4 :] = -1
+    q = 2 * _normal(rng, (num_rows, case.qtok, case.heads, case.dim), case.dtype)
+    q[q_pos < 0] = np.nan
+    return {
+        "q": jnp.asarray(q, case.dtype),
+        "q_pos": jnp.asarray(q_pos),
+        "kv_pages": encode_bits(jnp.asarray(pool), jnp.dtype(case.storage)),
+        "layer": jnp.int32(1),
+        "entries": jnp.asarray(entries),
+        "row_start": jnp.asarray(row_start),
+        "row_len": jnp.asarray(row_len),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The dense answer, one query at a time in float64
+
+
+def _attend(q, k, v, scale, soft_cap):
+    """`q [head, dim]` over `k, v [seen, kvh, dim]`: (out [head, dim], lse [head])."""
+    heads, dim = q.shape
+    if len(k) == 0:
+        return np.zeros((heads, dim)), np.full(heads, NEG)
+    k, v = (np.repeat(a, heads // a.shape[1], axis=1) for a in (k, v))
+    score = np.einsum("hd,shd->hs", q, k) * scale
+    if soft_cap is not None:
+        score = soft_cap * np.tanh(score / soft_cap)
+    top = score.max(axis=1)
+    weight = np.exp(score - top[:, None])
+    return np.einsum("hs,shd->hd", weight / weight.sum(axis=1, keepdims=True), v), top + np.log(weight.sum(axis=1))
+
+
+def dense_flash(case: FlashCase, inputs: dict[str, jax.Array], scale: float) -> Partial:
+    q, k, v = (np.asarray(inputs[n].astype(jnp.float32), np.float64) for n in "qkv")
+    q_req, q_pos, kv_req, kv_pos = (np.asarray(inputs[n]) for n in ("q_req", "q_pos", "kv_req", "kv_pos"))
+    parts = []
+    for t in range(case.tok):
+        seen = (kv_req == q_req[t]) & (kv_req >= 0) & (kv_pos <= q_pos[t])
+        seen &= q_pos[t] - kv_pos < (case.window or 2**30)
+        parts.append(_attend(q[t], k[seen], v[seen], scale, case.soft_cap))
+    return Partial(*(np.stack(a) for a in zip(*parts)))
+
+
+def dense_paged(case: PagedCase, inputs: dict[str, jax.Array], scale: float) -> Partial:
+    pool = inputs["kv_pages"][1]
+    pool = jax.lax.bitcast_convert_type(pool, jnp.bfloat16) if pool.dtype == jnp.uint16 else pool
+    pool = np.asarray(pool.astype(jnp.float32), np.float64)[..., : case.dim]
+    q = np.asarray(inputs["q"].astype(jnp.float32), np.float64)
+    q_pos, entries, row_start, row_len = (np.asarray(inputs[n]) for n in ("q_pos", "entries", "row_start", "row_len"))
+    out, lse = np.zeros(q.shape), np.full(q.shape[:-1], NEG)
+    for row in range(len(case.ctx)):
+        table = entries[row_start[row] : row_start[row] + row_len[row]]
+        tokens = [(p, s, first + s) for p, first, count in table for s in range(count)]
+        page, slot, pos = np.array(tokens, np.int64).reshape(-1, 3).T
+        k, v = pool[page, 0, :, slot], pool[page, 1, :, slot]  # [ctx, kvh, dim]
+        for t in range(case.qtok):
+            seen = (pos <= q_pos[row, t]) & (q_pos[row, t] - pos < (case.window or 2**30)) & (q_pos[row, t] >= 0)
+            out[row, t], lse[row, t] = _attend(q[row, t], k[seen], v[seen], scale, case.soft_cap)
+    return Partial(out, lse)

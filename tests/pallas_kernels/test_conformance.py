@@ -1,0 +1,70 @@
+"""Every implementation of every op against the dense answer, over `cases.py`.
+
+A new implementation adds its name to the op's table and, where it refuses cases, an entry in `UNSUPPORTED`.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import flash_partial as flash
+from pallas_kernels import paged_partial as paged
+from pallas_kernels.partial import NEG, Partial
+from tests.pallas_kernels import cases
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+"""Relative to the largest magnitude of the answer (at least 1), by the dtype of q."""
+
+UNSUPPORTED: dict[tuple[str, str], frozenset[str]] = {}
+"""(op, implementation) -> names of the cases it refuses."""
+
+
+def worst(name: str, got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    """Fails naming the worst element of `got`."""
+    got = np.asarray(got, np.float64)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, not {want.shape}"
+    error = np.where(np.isfinite(got), np.abs(got - want), np.inf) / max(1.0, np.abs(want).max(initial=0.0))
+    if error.size and error.max() > tolerance:
+        at = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+        share = (error > tolerance).mean()
+        pytest.fail(
+            f"{name}{list(at)} is {got[at]:.9g}, not {want[at]:.9g}: relative error {error[at]:.3g} > {tolerance:g}; "
+            f"{share:.2%} of {error.size} elements are off"
+        )
+
+
+def check(got: Partial, want: Partial, tolerance: float) -> None:
+    lse = np.asarray(got.lse)
+    hidden = want.lse == NEG
+    assert got.out.dtype == got.lse.dtype == np.float32
+    worst("lse of empty", np.where(hidden, lse / -NEG, -1.0), np.full(lse.shape, -1.0), 1e-7)
+    worst("lse", np.where(hidden, 0.0, lse), np.where(hidden, 0.0, want.lse), tolerance)
+    worst("out of empty", np.where(hidden[..., None], got.out, 0.0), np.zeros(got.out.shape), 0.0)
+    worst("out", got.out, want.out, tolerance)
+
+
+def run(op: str, public, implementation: str, case, inputs: dict) -> Partial:
+    """Jitted with all data traced; options static."""
+    options = {"scale": case.dim**-0.5, "window": case.window, "soft_cap": case.soft_cap}
+    function = jax.jit(lambda kw: public(**kw, **options, implementation=implementation))
+    if case.name in UNSUPPORTED.get((op, implementation), ()):
+        with pytest.raises(ExceptionGroup, match=op):
+            function(inputs)
+        pytest.skip("declared unsupported")
+    return function(inputs)
+
+
+@pytest.mark.parametrize("implementation", flash.IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", cases.FLASH_CASES, ids=lambda c: c.name)
+def test_flash_partial(case: cases.FlashCase, implementation: str):
+    inputs = cases.flash_inputs(case)
+    got = run("flash_partial", flash.flash_partial, implementation, case, inputs)
+    check(got, cases.dense_flash(case, inputs, case.dim**-0.5), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", paged.IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", cases.PAGED_CASES, ids=lambda c: c.name)
+def test_paged_partial(case: cases.PagedCase, implementation: str):
+    inputs = cases.paged_inputs(case)
+    got = run("paged_partial", paged.paged_partial, implementation, case, inputs)
+    check(got, cases.dense_paged(case, inputs, case.dim**-0.5), TOLERANCE[case.dtype])
