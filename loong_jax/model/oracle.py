@@ -1,6 +1,7 @@
 """The single-device oracle: what every elastic execution must reproduce.
 
-What it is: the decoder with exact dense causal attention, queries in blocks so that a prompt of some thousand tokens fits.
+What it is: the decoder with exact dense causal attention, queries in blocks so that some
+thousand tokens fit.
 What it is not: fast, paged, or a user of any kernel; it shares nothing with `pallas_kernels` or `esp`.
 """
 
