@@ -1,7 +1,7 @@
 """Who holds which device state now: one assembled view per group in use, regrouped on demand.
 
-Each instance's state belongs to exactly one view. A step takes its group's view, is given the arrays to donate, and puts
-the results back; views are split and joined only when the group changes. What it is not: the pools' layout
+Each instance's state belongs to exactly one view. A step takes its group's view, is given the arrays to donate, and
+puts the results back; views are split and joined only when the group changes. What it is not: the pools' layout
 (`kv_pool.py`) or page accounting (`ledger.py`).
 """
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 from loong_jax.config import ClusterConfig, ModelConfig
 

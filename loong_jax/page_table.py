@@ -1,9 +1,9 @@
 """The host's mirror of the page tables on the devices: which pages of a request an instance holds, entry by entry.
 
 Commands tell what changes; the mirror keeps every instance's table as an array and the entries that changed since the
-device last heard of them, so that a step carries a few deltas instead of a table. Entries of one request are contiguous
-(a *region*), in no particular order: attention over a set of positions does not care. What it is not: accounting of free
-pages or refcounts (`ledger.py`), or anything that knows JAX.
+device last heard of them, so that a step carries a few deltas instead of a table. Entries of one request are
+contiguous (a *region*), in no particular order: attention over a set of positions does not care. What it is not:
+accounting of free pages or refcounts (`ledger.py`), or anything that knows JAX.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class InstanceTable:
         if region is None:
             return
         held = self.entries[region.start : region.start + region.length].copy()
-        for page, first, _ in held[held[:, 1] >= kv_len]:
+        for page in held[held[:, 1] >= kv_len, 0]:
             self.remove(request, int(page))
-        for page, first, count in held[(held[:, 1] < kv_len) & (held[:, 1] + held[:, 2] > kv_len)]:
+        for page, first, _ in held[(held[:, 1] < kv_len) & (held[:, 1] + held[:, 2] > kv_len)]:
             self._write(self.entry(request, int(page)), page, first, kv_len - first)
 
     def drop(self, request: int) -> None:

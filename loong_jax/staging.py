@@ -1,7 +1,8 @@
 """From a command to the packed arrays of its step.
 
-Pure numpy: units are striped, tokens placed, page-table ranges looked up, sampling parameters written as bits. The field
-names are those of `esp/layout.py`. What it is not: the page tables (`page_table.py`) or the call (`executor.py`).
+Pure numpy: units are striped, tokens placed, page-table ranges looked up, sampling parameters written as bits. The
+field names are those of `esp/layout.py`. What it is not: the page tables (`page_table.py`) or the call
+(`executor.py`).
 """
 
 from __future__ import annotations

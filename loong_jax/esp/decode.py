@@ -1,9 +1,9 @@
 """One decode step over a group: several masters, KV anywhere, two collectives a layer.
 
-Rows are spread over masters. A master computes QKV, FFN and sampling of its rows and stores their new KV in its own open
-page. Per layer queries are all-gathered, each instance attends with what it holds, and partials return to the masters in
-one all-to-all, so communication does not grow with context and an added instance moves nothing (LoongServe 4.2,
-multi-master decoding). Local attention of a master's own rows does not wait for the exchange.
+Rows are spread over masters. A master computes QKV, FFN and sampling of its rows and stores their new KV in its own
+open page. Per layer queries are all-gathered, each instance attends with what it holds, and partials return to the
+masters in one all-to-all, so communication does not grow with context and an added instance moves nothing (LoongServe
+4.2, multi-master decoding). Local attention of a master's own rows does not wait for the exchange.
 
 The input token of a row is data, or the newest token the device sampled for it: the step after it need not wait for the
 host. What it is not: batching or the choice of masters (`policy/`).

@@ -1,7 +1,7 @@
 """Moving whole pages outside a prefill: between two instances (migrate), or within one (copy of a fork's open page).
 
-Migration is what the elastic design avoids; it serves to empty an instance in the decode phase and to make room. What it
-is not: re-homing while KV circulates, which costs no extra transfer (`prefill.py`).
+Migration is what the elastic design avoids; it serves to empty an instance in the decode phase and to make room. What
+it is not: re-homing while KV circulates, which costs no extra transfer (`prefill.py`).
 """
 
 import jax

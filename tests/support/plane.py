@@ -63,7 +63,8 @@ class Plane:
     def run(self, command) -> StepDone:
         self.executor.submit(command)
         event = self.events.get(timeout=300)
-        assert isinstance(event, StepDone) and event.step == command.step, event
+        assert isinstance(event, StepDone), event
+        assert event.step == command.step
         return event
 
     def next_step(self) -> int:
