@@ -202,9 +202,7 @@ def load_checkpoint(
 
     Raises CheckpointError naming file and tensor, before anything is placed; ConfigError if tp cannot divide the model.
     """
-    structs = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), param_structs(config, tp, stacked=False)
-    )
+    structs = param_structs(config, tp, stacked=False)
     ranks = [rank for rank in range(tp) if any(row[rank] is not None for row in devices)]
     out = [[_empty(config, device) for device in row] for row in devices]
     with Tensors(directory) as tensors:

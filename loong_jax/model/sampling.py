@@ -24,8 +24,8 @@ def sample(
 ) -> tuple[Int32[Array, " row"], Float32[Array, " row"]]:
     """Tokens, and their log-probabilities under the raw logits (no temperature, no filter).
 
-    `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch the filters off. `position` is that of the sampled
-    token. A batch of greedy rows costs an argmax, one without filters no sort.
+    `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch the filters off. `position` is the one of the
+    sampled token. A batch of greedy rows costs an argmax, one without filters no sort.
     """
     tokens = jax.lax.cond(
         jnp.any(temperature > 0),

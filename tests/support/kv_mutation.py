@@ -3,7 +3,7 @@
 A mutation spoils one KV token, at one layer, as one later query sees it: the token `distance` before the query is
 hidden, counted twice, rotated by one position too many, or replaced by its neighbour. All queries are done in one pass,
 each with its own mutated token, so all positions of a long prompt are tried at the price of a forward pass. All else in
-the query's context is left right, as when one decode step reads a spoilt page; its later layers follow from what it saw.
+the query's context is left right, as when one decode step reads a spoilt page; its later layers follow from that.
 """
 
 from enum import Enum
