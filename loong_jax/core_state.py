@@ -57,9 +57,7 @@ class CoreState:
 
     def has_room(self, instance: int) -> bool:
         """May `instance` be given a step now?"""
-        return (
-            self.queued[instance] < MAX_QUEUED_STEPS and self.alive[instance] and instance not in self.blocked
-        )
+        return self.queued[instance] < MAX_QUEUED_STEPS and self.alive[instance] and instance not in self.blocked
 
     def instance_views(self) -> tuple[InstanceView, ...]:
         ledger, blocked = self.ledger, self.blocked

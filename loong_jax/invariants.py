@@ -83,8 +83,9 @@ def describe(state: CoreState) -> str:
         held = {i: ledger.tokens(request.id)[i] for i in sorted(ledger.tokens(request.id))}
         status = "waiting" if request.slot == NO_SLOT else "prefill" if request.holes else "decode"
         holes = [(run.first, run.end) for run in request.holes[:4]]
+        lengths = f"prompt {request.prompt_len}, known {request.known}, issued {request.issued}, end {request.end}"
         lines.append(
-            f"request {request.id} {status}: prompt {request.prompt_len}, known {request.known}, issued {request.issued}, "
-            f"end {request.end}, kv {held}, holes {holes}, steps {request.steps}, evicted {request.num_evictions}"
+            f"request {request.id} {status}: {lengths}, kv {held}, holes {holes}, steps {request.steps}, "
+            f"evicted {request.num_evictions}"
         )
     return "\n".join(lines)

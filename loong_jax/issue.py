@@ -57,7 +57,7 @@ def evict(state: CoreState, planned: PlannedEvict) -> Free:
 
 
 def migrate(state: CoreState, planned: PlannedMigrate) -> list[Migrate]:
-    """As many commands of `move_pages` pages as the queues of both instances take; what is left waits for the next plan."""
+    """As many commands of `move_pages` pages as the queues of both instances take; the rest waits for the next plan."""
     rehome = planned.rehome
     request = _request(state, rehome.request)
     pair = tuple(sorted((rehome.src, rehome.dst)))
@@ -79,43 +79,48 @@ def migrate(state: CoreState, planned: PlannedMigrate) -> list[Migrate]:
 
 
 def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
+    """The hot path: a rule is only spelled out when it is broken."""
     requests, ledger = state.requests, state.ledger
     instances = planned.instances
     group = set(instances)
-    rows, samples, ids, masters = [], [], [], dict.fromkeys(instances, 0)
+    masters = dict.fromkeys(instances, 0)
+    rows: list[DecodeRow] = []
+    samples: dict[int, int] = {}
     _check_free_group(state, instances)
     for planned_row in planned.rows:
         master = planned_row.master
         request = requests.get(planned_row.request)
-        _require(request is not None and request.id not in ids, "decode: row is no live request", planned_row)
-        issued, known = request.issued, len(request.tokens)
-        if request.holes or issued >= request.end or master not in group or not group.issuperset(ledger.tokens(request.id)):
+        if request is None or request.id in samples:
+            raise PlanError(f"decode: row is no live request, or there twice: {planned_row}")
+        issued = request.issued
+        if (
+            request.holes
+            or issued >= request.prompt_len + request.max_tokens
+            or master not in group
+            or not group.issuperset(ledger.tokens(request.id))
+        ):
             _check_decode_row(state, request, master, group)
         if request.slot == NO_SLOT:
             _start(state, request)
-        if issued == known:
+        token = -1
+        if issued == len(request.tokens):
             token = request.tokens[-1]
-        else:
-            token = -1
-            _require(master in request.device_group, "decode: master did not sample the newest token", planned_row)
-        masters[master] += 1
-        position = issued - 1
+        elif master not in request.device_group:
+            raise PlanError(f"decode: master did not sample the newest token: {planned_row}, {request.device_group}")
         if not ledger.free_pages(master):
-            tail = ledger.open_page(request.id, position, master)
+            tail = ledger.open_page(request.id, issued - 1, master)
             _require(tail is not None and tail[0] == master, "INV-10: decode: no free page on the master", planned_row)
-        page, run = ledger.extend(request.id, master, position)
+        page, run = ledger.extend(request.id, master, issued - 1)
         request.issued = issued + 1
         request.device_group = instances
         request.last_master = master
-        rows.append(
-            DecodeRow(request.id, request.slot, position, token, master, page, run, request.sampling)
-        )
-        samples.append((request.id, issued))
-        ids.append(request.id)
+        masters[master] += 1
+        samples[request.id] = issued
+        rows.append(DecodeRow(request.id, request.slot, issued - 1, token, master, page, run, request.sampling))
     _require(bool(rows), "decode: no rows", instances)
     bucket = buckets.decode_bucket(max(masters.values()), state.cluster.ladder)
     bucket = _ready_bucket(state, instances, Phase.DECODE, bucket)
-    step = state.open_step(instances, tuple(samples), tuple(ids))
+    step = state.open_step(instances, tuple(samples.items()), tuple(samples))
     return RunDecode(step, instances, bucket, tuple(rows))
 
 
@@ -168,9 +173,7 @@ def _prefill_row(
     request.last_master = homes[-1]
     request.holes = tuple(_subtract(request.holes, runs))
     tokens = b"".join(request.tokens[run.first : run.end].tobytes() for run in runs)
-    return PrefillRow(
-        request.id, request.slot, runs, tokens, tuple(homes), tuple(pages), emit, request.sampling
-    )
+    return PrefillRow(request.id, request.slot, runs, tokens, tuple(homes), tuple(pages), emit, request.sampling)
 
 
 def _rehome_moves(state: CoreState, rehomes: Iterable[Rehome]) -> tuple[PageMove, ...]:

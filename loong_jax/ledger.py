@@ -182,7 +182,7 @@ class Ledger:
         seen = [[0] * self.num_pages for _ in self._free]
         for request in self.table.requests():
             position = -1
-            entries = []
+            entries: list[PageRun] = []
             for instance in self.table.instances(request):
                 pages = self.table.pages(request, instance)
                 entries += pages

@@ -62,20 +62,6 @@ class Manager:
         self.cost = cost
         self.state = CoreState(cluster, limits)
         self._out: list[AnyCommand] = []
-        self._handlers = {
-            StepDone: self._on_step_done,
-            Arrived: self._on_arrived,
-            StepFailed: self._on_step_failed,
-            Aborted: self._on_aborted,
-            Stopped: self._on_stopped,
-            Forked: self._on_forked,
-            ProgramReady: self._on_program_ready,
-            CostUpdated: self._on_cost_updated,
-            InstanceLost: self._on_instance_lost,
-            InstanceJoined: self._on_instance_joined,
-            Drain: self._on_drain,
-            Tick: self._on_tick,
-        }
 
     def handle(self, event: AnyEvent, now_us: int) -> list[AnyCommand]:
         """Commands in the order in which every device must see them.
@@ -88,7 +74,7 @@ class Manager:
             raise invariants.InvariantError(f"INV-3: the clock ran back from {state.now_us} to {now_us}")
         state.now_us = now_us
         self._out = []
-        self._handlers[type(event)](event)
+        self._react(event)
         if state.blocked:
             self._unblock()
         self._plan()
@@ -113,6 +99,33 @@ class Manager:
         return invariants.describe(self.state)
 
     # ---- events
+
+    def _react(self, event: AnyEvent) -> None:
+        match event:
+            case StepDone():
+                self._on_step_done(event)
+            case Arrived():
+                self._on_arrived(event)
+            case StepFailed():
+                self._on_step_failed(event)
+            case Aborted():
+                self._on_aborted(event)
+            case Stopped():
+                self._on_stopped(event)
+            case Forked():
+                self._on_forked(event)
+            case ProgramReady():
+                self._on_program_ready(event)
+            case CostUpdated():
+                self.cost = self.cost.updated(event.coefficients)
+            case InstanceLost():
+                self._on_instance_lost(event)
+            case InstanceJoined():
+                self._on_instance_joined(event)
+            case Drain():
+                self.state.draining = True
+            case Tick():
+                pass  # only for the plan that follows every event
 
     def _on_arrived(self, event: Arrived) -> None:
         state = self.state
@@ -255,15 +268,6 @@ class Manager:
         self.state.ready |= {key}
         self.state.preparing.discard(key)
 
-    def _on_cost_updated(self, event: CostUpdated) -> None:
-        self.cost = self.cost.updated(event.coefficients)
-
-    def _on_drain(self, event: Drain) -> None:
-        self.state.draining = True
-
-    def _on_tick(self, event: Tick) -> None:
-        """Only the plan that follows every event."""
-
     # ---- ends and losses
 
     def _finish(self, request: RequestState, reason: FinishReason, num_generated: int, message: str = "") -> None:
@@ -278,8 +282,8 @@ class Manager:
         state.remove(request)
 
     def _block(self, lost: set[int], failed_step: int) -> None:
-        """Every step in flight that was queued after the failed one on a lost instance will fail too, and take the pools of its
-        own group along. All of these get no step until the last one is reported."""
+        """Every step in flight that was queued after the failed one on a lost instance will fail too, and take
+        along the pools of its group. All of these get no step until the last one is reported."""
         state = self.state
         doomed = set(lost)
         for step in sorted(state.steps):
@@ -377,5 +381,3 @@ class Manager:
                 raise issue.PlanError(f"INV-8: reservation beyond hold_us: {reservation}")
             kept[reservation.request] = state.reservations.get(reservation.request, reservation)
         state.reservations = kept
-
-

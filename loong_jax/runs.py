@@ -19,7 +19,7 @@ class PageRun(NamedTuple):
 
     first: int
     page: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def end(self) -> int:
@@ -83,11 +83,12 @@ class RunTable:
             self.put(child, instance, page, run)
 
     def truncate(self, request: int, kv_len: int) -> list[tuple[int, int]]:
-        """Drop positions from `kv_len` on: returns the (instance, page) pairs dropped and shortens the runs that straddle."""
+        """Drop positions from `kv_len` on: returns the (instance, page) pairs dropped, and shortens a run that
+        straddles."""
         homes = self._requests.get(request)
         if homes is None:
             return []
-        dropped = []
+        dropped: list[tuple[int, int]] = []
         for instance in sorted(homes):
             entries = homes[instance]
             keep = bisect_left(entries, _at(kv_len))
@@ -107,7 +108,7 @@ class RunTable:
         homes = self._requests.get(request)
         if homes is None:
             return []
-        dropped = []
+        dropped: list[tuple[int, int]] = []
         for instance in instances:
             dropped += [(instance, entry.page) for entry in homes.pop(instance, ())]
         if not homes:
@@ -117,7 +118,8 @@ class RunTable:
     def missing(self, request: int, end: int) -> list[Run]:
         """Runs of `[0, end)` without KV, ascending."""
         entries = sorted(entry for pages in self._requests.get(request, {}).values() for entry in pages)
-        gaps, position = [], 0
+        gaps: list[Run] = []
+        position = 0
         for entry in entries:
             if entry.first >= end:
                 break

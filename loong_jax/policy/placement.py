@@ -49,7 +49,7 @@ def packed(
     target = _fewest(held, sum(held.values()) + num_units + headroom, instances, free, load)
     if target is None:
         return even(view, num_units, instances, free)
-    rehome = []
+    rehome: list[Rehome] = []
     for src in sorted(set(held) - set(target)):
         left = held[src]
         for dst in target:
@@ -79,7 +79,8 @@ def _fewest(
 
 def _fill(num_units: int, target: Sequence[int], free: dict[int, int]) -> tuple[Share, ...]:
     """Shares in order of `target`, as even as free pages allow."""
-    keep, left = [], num_units
+    keep: list[Share] = []
+    left = num_units
     by_free = sorted(target, key=lambda i: (free[i], i))
     for index, instance in enumerate(by_free):
         pages = min(free[instance], -(-left // (len(by_free) - index)))

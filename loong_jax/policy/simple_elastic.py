@@ -29,9 +29,11 @@ from loong_jax.types import (
     PlannedPrefillRow,
     PlannedPrepare,
     Program,
+    Rehome,
     RequestView,
     Reservation,
     Run,
+    Share,
     View,
 )
 
@@ -87,7 +89,8 @@ class _Planner:
     def plan(self) -> Plan:
         if not self.room:
             return _EMPTY
-        decoding, prefilling = [], []
+        decoding: list[RequestView] = []
+        prefilling: list[RequestView] = []
         for request in self.view.requests:
             if request.running:
                 if request.issued < request.prompt_len + request.max_tokens:
@@ -161,7 +164,7 @@ class _Planner:
             group.rows.sort(key=lambda row: row.request)
 
     def _decodes(self, decode_groups: list[_DecodeGroup]) -> list[PlannedDecode]:
-        out = []
+        out: list[PlannedDecode] = []
         for group in list(decode_groups):
             if group not in decode_groups or group.group is None or not self._may_run(group):
                 continue  # joined another on the way, or has to wait
@@ -181,12 +184,11 @@ class _Planner:
     def _may_run(self, group: _DecodeGroup) -> bool:
         return group.mask & ~(self.room & ~self.taken) == 0
 
-    def _masters(
-        self, group: Group, rows: Sequence[RequestView]
-    ) -> tuple[list[PlannedDecodeRow], list[RequestView]]:
-        """A master per row: the holder of its open page, else the holder with the fewest rows that has a free page, else
-        any other member. Also the rows that find no page in the group; the oldest are served first."""
-        out, needy = [], []
+    def _masters(self, group: Group, rows: Sequence[RequestView]) -> tuple[list[PlannedDecodeRow], list[RequestView]]:
+        """A master per row: the holder of its open page, else the holder with the fewest rows that has a free page,
+        else any other member. Also the rows that find no page in the group; the oldest are served first."""
+        out: list[PlannedDecodeRow] = []
+        needy: list[RequestView] = []
         instances, bucket, free = group.instances, group.bucket, self.free
         counts, used = dict.fromkeys(instances, 0), dict.fromkeys(instances, 0)
         for row in rows:
@@ -211,7 +213,7 @@ class _Planner:
         return out, needy
 
     def _scale_up(self, decode_groups: list[_DecodeGroup], group: _DecodeGroup, num_pages: int) -> None:
-        """Instances more, for their free pages: nothing moves. The smallest group that has enough, or the one with most."""
+        """Instances more, for their free pages: nothing moves. The smallest group that has enough, or that has most."""
         assert group.group is not None
         best, most = group.group, sum(self.free[i] for i in group.group.instances)
         for wider in self.groups.covering(Phase.DECODE, group.mask, self.alive):
@@ -238,7 +240,8 @@ class _Planner:
             if instance.prefilling and decode_mask >> instance.instance & 1:
                 fair &= ~(1 << instance.instance)
         candidates = self._admitted(candidates)
-        prefills, reservations = [], []
+        prefills: list[PlannedPrefill] = []
+        reservations: list[Reservation] = []
         while candidates:
             planned = self._batch(candidates, fair & ~self.taken)
             if planned is None:
@@ -265,7 +268,8 @@ class _Planner:
             if request.resident or request.in_flight:
                 holders += 1
                 left -= buckets.num_units(request.missing, page_tokens)
-        out, open_for_fresh = [], True
+        out: list[RequestView] = []
+        open_for_fresh = True
         for request in candidates:
             if request.resident:
                 out.append(request)
@@ -322,8 +326,8 @@ class _Planner:
     def _best_group(
         self, rows: Sequence[tuple[RequestView, tuple[Run, ...]]], need: int, allowed: int, num_waiting: int
     ) -> tuple[Group | None, ContextForm]:
-        """The group with the best predicted time: alone, a prompt takes the fastest; when others wait, instances are shared
-        out among them. Groups whose memory holds the prompts to their end come first."""
+        """The group with the best predicted time: alone, a prompt takes the fastest; when others wait, instances are
+        shared out among them. Groups whose memory holds the prompts to their end come first."""
         page_tokens, headroom = self.cluster.page_tokens, self.limits.decode_headroom_pages
         num_units = self._units(rows)
         tokens = sum(run.count for _, runs in rows for run in runs)
@@ -356,7 +360,8 @@ class _Planner:
         self, rows: Sequence[tuple[RequestView, tuple[Run, ...]]], group: Group, form: ContextForm
     ) -> PlannedPrefill:
         """Even on the way, packed at a prompt's end."""
-        keep, rehome = [], []
+        keep: list[Share] = []
+        rehome: list[Rehome] = []
         later = self._units(rows)
         free = dict(self.free)
         for request, runs in rows:
@@ -381,7 +386,7 @@ class _Planner:
     def _place_even(
         self, rows: Sequence[tuple[RequestView, tuple[Run, ...]]], group: Group, form: ContextForm
     ) -> PlannedPrefill:
-        keep = []
+        keep: list[Share] = []
         for request, runs in rows:
             num_units = buckets.num_units(runs, self.cluster.page_tokens)
             keep += placement.even(request, num_units, group.instances, self.free).keep
@@ -395,7 +400,7 @@ class _Planner:
     # ---- when something is missing
 
     def _starved(self, head: RequestView, need: int, allowed: int) -> None:
-        """Not even one page of the head could be planned: is it memory, a program, or only that others use the instances?"""
+        """Not even one page of the head could be planned: for want of memory, of a program, or of idle instances?"""
         if self.groups.smallest(Phase.PREFILL, need, self.alive) is None:
             self._want(Phase.PREFILL, need or self.alive & -self.alive, self.cluster.ladder.prefill_tokens[0])
             return
@@ -412,11 +417,7 @@ class _Planner:
         need = mask_of(r.instance for r in blocked.resident)
         phase = Phase.DECODE if blocked.running else Phase.PREFILL
         reach = self.groups.reach(phase, need, self.alive)
-        holders = [
-            request
-            for request in self.view.requests
-            if any(reach >> r.instance & 1 for r in request.resident)
-        ]
+        holders = [request for request in self.view.requests if any(reach >> r.instance & 1 for r in request.resident)]
         if not holders:
             return None
         newest = holders[-1]
@@ -446,7 +447,7 @@ def _first(items: Iterator[int], count: int) -> list[int]:
 
 def _take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[Run, ...]:
     """The first runs of `missing`, `num_units` units at most; a cut falls on a page boundary where it can."""
-    out = []
+    out: list[Run] = []
     for run in missing:
         if num_units <= 0:
             break
@@ -459,7 +460,7 @@ def _take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[R
 
 
 def _without(decodes: list[PlannedDecode], request: int) -> list[PlannedDecode]:
-    out = []
+    out: list[PlannedDecode] = []
     for decode in decodes:
         rows = tuple(row for row in decode.rows if row.request != request)
         if rows:

@@ -57,8 +57,9 @@ def run_schedule(seed: int, *, chaos: bool, config: ScheduleConfig | None = None
     controls = Controls(executor.advance, executor.fail, executor.lose, lambda: executor.steps_in_flight)
     if config is None:
         # Faults in a third of the schedules only: they hide what an undisturbed run shows.
-        faults = {} if rng.random() < 0.33 else {"p_fail": 0.0, "p_lose": 0.0}
-        config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)), **faults)
+        config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)))
+        if rng.random() > 0.33:
+            config = config._replace(p_fail=0.0, p_lose=0.0)
     run = Schedule(manager, executor, inbox, config, rng, controls).run()
     for outcome in run.outcomes:
         check_outcome(outcome, oracle)

@@ -1,9 +1,9 @@
-"""An executor without a model: "KV" is the pair (position, token), kept page by page, and a sampled token is a hash of the
-history that the step can actually see.
+"""An executor without a model: "KV" is the pair (position, token), kept page by page, and a sampled token is a hash of
+the history that the step can actually see.
 
-What it is: a proof device for the manager. Page tables are taken when a command is submitted, contents are read when the
-step runs, and steps run in any order that keeps each device's own. So a page given away too early, written while shared,
-seen twice, or a token fed from a device that does not have it, is caught at the step where it happens.
+What it is: a proof device for the manager. Page tables are taken when a command is submitted, contents are read when
+the step runs, and steps run in any order that keeps each device's own. So a page given away too early, written while
+shared, seen twice, or a token fed from a device that does not have it, is caught at the step where it happens.
 What it is not: a simulator of time (`loong_jax/sim`).
 """
 
@@ -27,8 +27,8 @@ from loong_jax.types import (
     Free,
     Migrate,
     PageMove,
-    Prepare,
     PrefillRow,
+    Prepare,
     ProgramReady,
     Reset,
     RunDecode,
@@ -293,7 +293,9 @@ class MockExecutor:
             token = row.token
             if token < 0:
                 owner = self._last[row.master].get(row.slot)
-                require(owner is not None and owner[:2] == (row.request, row.position), "device lacks the token", row, owner)
+                require(owner is not None, "device has no token", row)
+                assert owner is not None
+                require(owner[:2] == (row.request, row.position), "device has another token", row, owner)
                 token = owner[2]
             if row.run.count == 1:
                 self._pages[row.master][row.page] = []
@@ -304,7 +306,7 @@ class MockExecutor:
         sampled = []
         for row, entries in zip(command.rows, context, strict=True):
             known = self._visible(entries)
-            require(len(known) == row.position + 1 and max(known) == row.position, "decode over a hole", row, sorted(known))
+            require(len(known) == row.position + 1 == max(known) + 1, "decode over a hole", row, sorted(known))
             history = array("i", [known[p] for p in range(row.position + 1)])
             sampled.append((row.slot, row.request, row.position + 1, next_token(history, row.sampling)))
         return self._sampled(command.instances, sampled)

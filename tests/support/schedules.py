@@ -1,4 +1,4 @@
-"""Random schedules: a manager, a policy and an executor under arrivals, aborts, stops, forks, failures and late answers.
+"""Random schedules: manager, policy and executor under arrivals, aborts, stops, forks, failures and late answers.
 
 What it is: a driver that checks every invariant after every event, works with any executor (`submit`, and a `post` that
 puts events into a queue), and can replay what happened. Time is a counter: nothing here depends on the clock.
@@ -42,7 +42,7 @@ class Executor(Protocol):
 
 
 class Controls(NamedTuple):
-    """What the driver may do to the executor besides `submit`. None: this executor cannot do it, and it is not injected."""
+    """What the driver may do to the executor besides `submit`; None where it cannot, and then it is not injected."""
 
     advance: Callable[[], None] | None = None  # let something happen; None: completions come by themselves
     fail: Callable[[int], None] | None = None  # make this step fail
@@ -214,7 +214,8 @@ class Schedule:
         self.arrived += 1
         length = rng.choice((1, 2, rng.randint(1, 12), rng.randint(1, config.max_prompt), config.max_prompt))
         prompt = array("i", [rng.randrange(config.vocab) for _ in range(length)])
-        stop_ids = (rng.randrange(config.vocab), rng.randrange(config.vocab)) if rng.random() < config.p_stop_ids else ()
+        num_stop_ids = 2 if rng.random() < config.p_stop_ids else 0
+        stop_ids = tuple(rng.randrange(config.vocab) for _ in range(num_stop_ids))
         live = _Live(prompt, self._sampling(), stop_ids, rng.randint(1, config.max_new_tokens))
         request, self.next_request = self.next_request, self.next_request + 1
         self.live[request] = live
@@ -247,7 +248,8 @@ class Schedule:
 
     def _check_drained(self) -> None:
         state = self.manager.state
-        assert not state.requests and not state.steps, self.manager.describe()
+        assert not state.requests, self.manager.describe()
+        assert not state.steps, self.manager.describe()
         pages = state.cluster.pages_per_instance
         assert all(state.ledger.free_pages(i) == pages for i in range(len(state.queued))), "a page leaked"
         assert len(state.free_slots) == state.cluster.slots, "a slot leaked"
