@@ -8,7 +8,6 @@ What it is not: a page table or an allocator (those are the ledger and `kv_pool`
 Every write is in place when the pool is donated or carried through a loop, also where the loop reads it.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
@@ -55,8 +54,8 @@ def gather_pages(
 ) -> tuple[Float[Array, "ctx kvh dim"], Float[Array, "ctx kvh dim"]]:
     """K and V of whole pages of one layer, `ctx = n * page_tokens`, in the order of `pages`.
 
-    `dim` cuts the padding off (all of `pool_dim` if None); `dtype` converts (as stored if None, uint16 as bfloat16). Page
-    indices outside the pool are clipped: mask what comes from them.
+    `dim` cuts the padding off (all of `pool_dim` if None); `dtype` converts (as stored if None, uint16 as bfloat16).
+    Page indices outside the pool are clipped: mask what comes from them.
     """
     k, v = gather_heads(kv_pages, layer, pages, kv_pages.shape[-1] if dim is None else dim).swapaxes(1, 2)
     return (k, v) if dtype is None else (k.astype(dtype), v.astype(dtype))
@@ -89,10 +88,14 @@ def write_slots(
     v: Float[Array, "n kvh dim"],
 ) -> Shaped[Array, "layers pages 2 kvh page_tokens pool_dim"]:
     """Writes single tokens: token `i` to slot `slots[i]` of `pages[i]`; dropped where the page is outside the pool."""
-    _, num_pages, _, _, _, pool_dim = kv_pages.shape
+    _, num_pages, _, kvh, _, pool_dim = kv_pages.shape
     values = _pad_dim(encode_bits(jnp.stack([k, v], axis=1), kv_pages.dtype), pool_dim)  # [n, 2, kvh, pool_dim]
     pages = jnp.where(pages < 0, num_pages, pages)
-    return kv_pages.at[layer, pages, :, :, slots].set(values, mode="drop")
+    # One index for each row of pool_dim: with a window over (2, kvh) the TPU compiler changes the pool's layout to
+    # write, which copies all of it, twice.
+    kv, head = jnp.arange(2)[:, None], jnp.arange(kvh)
+    pages, slots = pages[:, None, None], slots[:, None, None]
+    return kv_pages.at[layer, pages, kv, head, slots].set(values, mode="drop")
 
 
 def read_all_layers(
@@ -100,7 +103,7 @@ def read_all_layers(
 ) -> Shaped[Array, "n layers 2 kvh page_tokens pool_dim"]:
     """Whole pages across all layers, as stored (to migrate or copy them). Indices outside the pool are clipped."""
     pages = jnp.clip(pages, 0, kv_pages.shape[1] - 1)
-    return jax.vmap(lambda page: lax.dynamic_index_in_dim(kv_pages, page, axis=1, keepdims=False))(pages)
+    return kv_pages.at[jnp.arange(kv_pages.shape[0]), pages[:, None]].get(mode="promise_in_bounds")
 
 
 def write_all_layers(
@@ -110,4 +113,5 @@ def write_all_layers(
 ) -> Shaped[Array, "layers pages 2 kvh page_tokens pool_dim"]:
     """Writes what `read_all_layers` gave; a page index outside the pool drops its page."""
     pages = jnp.where(pages < 0, kv_pages.shape[1], pages)
-    return kv_pages.at[:, pages].set(values.swapaxes(0, 1), mode="drop")
+    # One index for each page of each layer: with a window over the layers the TPU compiler copies the pool.
+    return kv_pages.at[jnp.arange(kv_pages.shape[0]), pages[:, None]].set(values, mode="drop")

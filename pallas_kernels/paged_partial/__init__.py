@@ -32,9 +32,9 @@ def paged_partial(
     """Attention of each row over its own pages, `out f32[row, qtok, head, dim]`, `lse f32[row, qtok, head]`.
 
     The table is ragged: row `r` attends to `entries[row_start[r] : row_start[r] + row_len[r]]`, each entry (page, first
-    position, count); slot `s < count` of the page holds position `first + s`. Entries may come in any order and rows may
-    share them. Visible iff position <= q_pos (and `q_pos - position < window`); `q_pos < 0` is padding. Rows without
-    entries and padding give the empty partial. Unused slots, pages and entries may hold anything (also NaN).
+    position, count); slot `s < count` of the page holds position `first + s`. Entries may come in any order and rows
+    may share them. Visible iff position <= q_pos (and `q_pos - position < window`); `q_pos < 0` is padding. Rows
+    without entries and padding give the empty partial. Unused slots, pages and entries may hold anything (also NaN).
     The cost follows the entries that rows have, not the size of the table or of the pool.
 
     kv_pages: see `storage.py`. layer: may be traced. scale, soft_cap, platform, implementation: as in `flash_partial`.

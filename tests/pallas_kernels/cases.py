@@ -189,9 +189,8 @@ def flash_inputs(case: FlashCase) -> dict[str, jax.Array]:
     k[kv_req < 0] = np.nan
     v[kv_req < 0] = np.nan
     arrays = {name: jnp.asarray(a, case.dtype) for name, a in (("q", q), ("k", k), ("v", v))}
-    return arrays | {
-        n: jnp.asarray(a) for n, a in zip(("q_req", "q_pos", "kv_req", "kv_pos"), (q_req, q_pos, kv_req, kv_pos))
-    }
+    labels = {"q_req": q_req, "q_pos": q_pos, "kv_req": kv_req, "kv_pos": kv_pos}
+    return arrays | {name: jnp.asarray(a) for name, a in labels.items()}
 
 
 def paged_inputs(case: PagedCase) -> dict[str, jax.Array]:
@@ -266,7 +265,7 @@ def dense_flash(case: FlashCase, inputs: dict[str, jax.Array], scale: float) -> 
         seen = (kv_req == q_req[t]) & (kv_req >= 0) & (kv_pos <= q_pos[t])
         seen &= q_pos[t] - kv_pos < (case.window or 2**30)
         parts.append(_attend(q[t], k[seen], v[seen], scale, case.soft_cap))
-    return Partial(*(np.stack(a) for a in zip(*parts)))
+    return Partial(*(np.stack(a) for a in zip(*parts, strict=True)))
 
 
 def dense_paged(case: PagedCase, inputs: dict[str, jax.Array], scale: float) -> Partial:
