@@ -119,7 +119,9 @@ class ClusterConfig(msgspec.Struct, frozen=True):
         _require(self.page_tokens >= 1, "page_tokens", "must be positive")
         _require(self.pages_per_instance >= 1, "pages_per_instance", "must be positive")
         _require(self.ring_tokens % self.page_tokens == 0, "ring_tokens", "must be a multiple of page_tokens")
-        _require(self.query_tile_tokens % self.page_tokens == 0, "query_tile_tokens", "must be a multiple of page_tokens")
+        _require(
+            self.query_tile_tokens % self.page_tokens == 0, "query_tile_tokens", "must be a multiple of page_tokens"
+        )
         for bucket in self.ladder.prefill_tokens:
             _require(bucket % self.page_tokens == 0, "prefill_tokens", f"{bucket} is no multiple of page_tokens")
         _require(max(self.ladder.dops) <= self.num_instances, "dops", "exceed num_instances")

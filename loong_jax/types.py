@@ -350,18 +350,7 @@ class Reset(Command, frozen=True):
 
 
 AnyCommand = (
-    RunPrefill
-    | RunDecode
-    | Migrate
-    | CopyPages
-    | Fork
-    | Truncate
-    | Free
-    | Emit
-    | Finish
-    | Reject
-    | Prepare
-    | Reset
+    RunPrefill | RunDecode | Migrate | CopyPages | Fork | Truncate | Free | Emit | Finish | Reject | Prepare | Reset
 )
 
 StepCommand = RunPrefill | RunDecode | Migrate | CopyPages
