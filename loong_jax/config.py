@@ -86,7 +86,7 @@ class LadderConfig(msgspec.Struct, frozen=True):
 
     def programs(self) -> tuple[Program, ...]:
         """All programs, the most needed first (DoP 1 and the largest)."""
-        out = []
+        out: list[Program] = []
         for dop in sorted(self.dops, key=lambda d: (d not in (1, self.dops[-1]), d)):
             out += [Program(Phase.PREFILL, dop, b) for b in self.prefill_tokens]
             out += [Program(Phase.DECODE, dop, b) for b in self.decode_rows]
