@@ -1,0 +1,145 @@
+"""The real executor over a checkpoint, for schedules and scripted steps, and its judge.
+
+`DataPlane` holds what is expensive (weights on devices, compiled programs) and lends executors. `LossyExecutor` lets a
+test say that a step failed: its completion is replaced, as are those of all steps behind it on the same instances, and
+the pools come back only with the manager's Reset. `Judge` compares a stream with the oracle, teacher-forced.
+What it is not: the live loop (`serving/loop.py`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loong_jax.config import ClusterConfig, ModelConfig
+from loong_jax.esp.groups import Devices
+from loong_jax.esp.steps import StepBuilder
+from loong_jax.executor import Executor
+from loong_jax.model.checkpoint import load_checkpoint
+from loong_jax.model.hf_config import read_config
+from loong_jax.model.oracle import Oracle
+from loong_jax.model.sampling import sample
+from loong_jax.program_store import ProgramStore
+from loong_jax.programs import Programs
+from loong_jax.types import AnyCommand, AnyEvent, CopyPages, Migrate, Reset, RunDecode, RunPrefill, Sampling
+from loong_jax.types import StepDone, StepFailed
+
+TIE = 1e-3
+"""Below this margin between the two most likely tokens, a greedy token may differ (and is counted)."""
+
+
+class DataPlane:
+    """Weights and programs of one checkpoint on one cluster; each executor it lends has pools of its own."""
+
+    def __init__(self, directory: Path, cluster: ClusterConfig, store: ProgramStore | None = None):
+        self.model, self.cluster = read_config(directory), cluster
+        self.devices = Devices(jax.devices(), cluster.num_instances, cluster.tp)
+        self.builder = StepBuilder(self.model, cluster, "cpu")
+        self.weights = load_checkpoint(
+            directory, self.model, tp=cluster.tp, devices=self.devices.by_instance, stacked=self.builder.stacked
+        )
+        fingerprint = f"{self.model} {cluster}"
+        self.programs = Programs(self.builder.build, self.devices.mesh, store, lambda event: None, fingerprint)
+        self.judge = Judge(directory, self.model)
+
+    def executor(self, post: Callable[[AnyEvent], None]) -> Executor:
+        return Executor(self.builder, self.devices, self.weights, self.programs, post)
+
+
+class LossyExecutor:
+    """An executor whose steps fail when told. `fail` and `lose` name steps in flight and instances."""
+
+    def __init__(self, plane: DataPlane, post: Callable[[AnyEvent], None]):
+        self._post = post
+        self._in_flight: dict[int, tuple[int, ...]] = {}
+        self._doomed: set[int] = set()
+        self._broken: set[int] = set()
+        self.inner = plane.executor(self._on_event)
+
+    def submit(self, command: AnyCommand) -> None:
+        match command:
+            case RunPrefill() | RunDecode() | Migrate():
+                self._in_flight[command.step] = command.instances
+            case CopyPages():
+                self._in_flight[command.step] = (command.instance,)
+            case Reset():
+                self._broken -= set(command.instances)
+        self.inner.submit(command)
+
+    def fail(self, step: int) -> None:
+        self._doomed.add(step)
+
+    def lose(self, instance: int) -> None:
+        self._broken.add(instance)
+
+    def steps_in_flight(self) -> list[int]:
+        return list(self._in_flight)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _on_event(self, event: AnyEvent) -> None:
+        assert isinstance(event, StepDone), event  # a real failure is a defect
+        instances = self._in_flight.pop(event.step)
+        if event.step in self._doomed or not self._broken.isdisjoint(instances):
+            self._broken |= set(instances)
+            self._post(StepFailed(event.step, instances, "told to"))
+        else:
+            self._post(event)
+
+
+class Verdict(NamedTuple):
+    """`num_ties`: greedy tokens that differ from the oracle's where its margin is below TIE; `worst`: largest
+    difference of a log-probability."""
+
+    num_tokens: int
+    num_ties: int
+    worst: float
+
+
+class Judge:
+    """The oracle of one checkpoint, on the first device."""
+
+    def __init__(self, directory: Path, model: ModelConfig):
+        devices = [[jax.devices()[0]]]
+        [[params]] = load_checkpoint(directory, model, tp=1, devices=devices, stacked=False)
+        self.oracle = Oracle(model, jax.tree.map(lambda leaf: leaf[0], params))
+
+    def check(
+        self, prompt, tokens: list[int], logprobs: list[float], sampling: Sampling, tolerance: float = 1e-4
+    ) -> Verdict:
+        """Every token is the oracle's after the same history, or its greedy margin is a tie; log-probabilities agree."""
+        if not tokens:
+            return Verdict(0, 0, 0.0)
+        history = np.concatenate([np.asarray(prompt, np.int32), np.asarray(tokens[:-1], np.int32)])
+        rows = self.oracle.logprobs(history)[len(prompt) - 1 :]
+        worst = float(np.abs(rows[np.arange(len(tokens)), tokens] - np.asarray(logprobs)).max())
+        assert worst < tolerance, f"log-probability off by {worst}"
+        expected = rows.argmax(axis=1) if sampling.temperature == 0 else self._sampled(rows, len(prompt), sampling)
+        differ = np.flatnonzero(expected != np.asarray(tokens))
+        if sampling.temperature == 0:
+            top = np.sort(rows, axis=1)
+            margin = top[:, -1] - top[:, -2]
+            assert (margin[differ] < TIE).all(), f"token {differ} differs with margin {margin[differ]}"
+        return Verdict(len(tokens), len(differ), worst)
+
+    def _sampled(self, rows: np.ndarray, first: int, sampling: Sampling) -> np.ndarray:
+        count = len(rows)
+        padded = np.zeros((16 * -(-count // 16), rows.shape[1]), np.float32)  # few shapes, few compilations
+        padded[:count] = rows
+        full = lambda value, dtype: jnp.full(len(padded), value, dtype)
+        tokens, _ = _sample(
+            jnp.asarray(padded),
+            full(sampling.temperature, jnp.float32),
+            full(sampling.top_k, jnp.int32),
+            full(sampling.top_p, jnp.float32),
+            full(sampling.seed, jnp.uint32),
+            jnp.arange(first, first + len(padded), dtype=jnp.int32),
+        )
+        return np.asarray(tokens)[:count]
+
+
+_sample = jax.jit(sample)
