@@ -178,17 +178,25 @@ class Manager:
         requests, dop = self.state.requests, len(step.instances)
         for (request_id, index), token, logprob in zip(step.samples, event.tokens, event.logprobs, strict=True):
             request = requests.get(request_id)
-            # Gone, or the step before it failed: then this token continues a text that nobody knows.
-            if request is None or index != len(request.tokens):
+            if request is None:
                 continue
-            request.tokens.append(token)
-            generated = index - request.prompt_len
-            self._out.append(Emit(request_id, generated, (token,), (logprob,), dop))
-            if token in request.stop_ids:
-                self._finish(request, FinishReason.STOP, generated + 1)
-            elif generated + 1 == request.max_tokens:
-                self._finish(request, FinishReason.LENGTH, generated + 1)
+            if index == len(request.tokens):
+                self._append(request, token, logprob, dop)
+                while request.early and request_id in requests and len(request.tokens) in request.early:
+                    self._append(request, *request.early.pop(len(request.tokens)))
+            elif index > len(request.tokens):
+                request.early[index] = (token, logprob, dop)
         self._settle(step)
+
+    def _append(self, request: RequestState, token: int, logprob: float, dop: int) -> None:
+        """The next token of the stream is known."""
+        generated = len(request.tokens) - request.prompt_len
+        request.tokens.append(token)
+        self._out.append(Emit(request.id, generated, (token,), (logprob,), dop))
+        if token in request.stop_ids:
+            self._finish(request, FinishReason.STOP, generated + 1)
+        elif generated + 1 == request.max_tokens:
+            self._finish(request, FinishReason.LENGTH, generated + 1)
 
     def _on_step_failed(self, event: StepFailed) -> None:
         step = self.state.close_step(event.step)
@@ -324,6 +332,7 @@ class Manager:
                 continue
             known = len(request.tokens)
             request.issued = known
+            request.early.clear()  # they continue a text that nobody knows
             self.state.ledger.truncate(request_id, known - 1)
             self._out.append(Truncate(request_id, known - 1))
             request.holes = tuple(self.state.ledger.table.missing(request_id, known - 1))

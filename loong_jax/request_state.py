@@ -18,7 +18,7 @@ NO_SLOT = -1
 class RequestState:
     __slots__ = (
         "id", "arrived_us", "slot", "tokens", "prompt_len", "max_tokens", "sampling", "stop_ids", "issued", "holes",
-        "steps", "device_group", "last_master", "num_evictions", "_view",
+        "steps", "early", "device_group", "last_master", "num_evictions", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -42,6 +42,8 @@ class RequestState:
         self.issued = self.prompt_len
         self.holes: tuple[Run, ...] = whole(self.prompt_len - 1)
         self.steps: list[int] = []
+        # Tokens whose step was reported before the step that samples the one before: index -> token, logprob, DoP.
+        self.early: dict[int, tuple[int, float, int]] = {}
         self.device_group: tuple[int, ...] = ()
         self.last_master = -1
         self.num_evictions = 0
