@@ -26,6 +26,7 @@ from loong_jax.types import (
     Drain,
     Emit,
     Finish,
+    Program,
     Reject,
     RunPrefill,
     Sampling,
@@ -45,7 +46,7 @@ _TICK_S = 0.1
 
 class ManagerLike(Protocol):
     def handle(self, event: AnyEvent, now_us: int) -> list[AnyCommand]: ...
-    def view(self, now_us: int) -> View: ...
+    def view(self) -> View: ...
 
 
 class ExecutorLike(Protocol):
@@ -155,9 +156,16 @@ class EngineLoop:
 
     # ---------------------------------------------------------------------------------------------- any thread
 
-    def start(self, executor: ExecutorLike, asyncio_loop: asyncio.AbstractEventLoop) -> None:
-        """Start the thread, which closes the executor at its end; sinks will be called in `asyncio_loop`."""
+    def start(
+        self,
+        executor: ExecutorLike,
+        needed: Iterable[tuple[Program, tuple[int, ...]]],
+        asyncio_loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """Start the thread, which closes the executor at its end. Readiness waits for the programs `needed`; sinks will
+        be called in `asyncio_loop`."""
         self._executor = executor
+        self._state.wait_for(needed)
         self._outbox = _Outbox(asyncio_loop)
         self._thread.start()
 
@@ -258,7 +266,7 @@ class EngineLoop:
         if not answer.set_running_or_notify_cancel():  # whoever asked has gone
             return
         try:
-            answer.set_result(self._state.snapshot(self._manager.view(now_us), now_us))
+            answer.set_result(self._state.snapshot(self._manager.view(), now_us))
         except Exception as error:  # an operator's question never ends the service
             answer.set_exception(error)
 

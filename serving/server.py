@@ -35,6 +35,10 @@ from serving.validation import (
 SERVICE = pb.DESCRIPTOR.services_by_name["Loong"].full_name
 
 
+class PortTaken(Exception):
+    """The address cannot be listened on."""
+
+
 class ServerConfig(msgspec.Struct, frozen=True):
     """Where and how to listen. `port` 0: any free port."""
 
@@ -159,9 +163,13 @@ class LoongServer:
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> int:
-        """Listen, not yet ready; returns the port. Raises RuntimeError when the port is taken."""
+        """Listen, not yet ready; returns the port. Raises PortTaken."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        port = self._server.add_insecure_port(f"{self._config.host}:{self._config.port}")
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise PortTaken(f"cannot listen on {address}: {error}") from error
         await self._server.start()
         return port
 

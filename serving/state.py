@@ -57,18 +57,11 @@ class _Group:
 
 
 class EngineState:
-    """`kv_token_bytes`: KV of one token over all layers. `needed`: the programs, each on a set of instances, that
-    readiness waits for. `compiles_after_ready`: asked at each snapshot."""
+    """`kv_token_bytes`: KV of one token over all layers. `compiles_after_ready`: asked at each snapshot."""
 
-    def __init__(
-        self,
-        *,
-        kv_token_bytes: int,
-        needed: Iterable[tuple[Program, tuple[int, ...]]],
-        compiles_after_ready: Callable[[], int],
-    ) -> None:
+    def __init__(self, *, kv_token_bytes: int, compiles_after_ready: Callable[[], int]) -> None:
         self._kv_token_bytes = kv_token_bytes
-        self._missing = set(needed)
+        self._missing: set[tuple[Program, tuple[int, ...]]] | None = None
         self._compiles_after_ready = compiles_after_ready
         self._num_programs = 0
         self._draining = False
@@ -80,9 +73,13 @@ class EngineState:
         self._counters = pb.Counters()
         self._scale_ups = self._scale_downs = self._steps_decode = self._tokens_generated = 0
 
+    def wait_for(self, needed: Iterable[tuple[Program, tuple[int, ...]]]) -> None:
+        """Be ready once these programs are, each on its set of instances. Before the first event."""
+        self._missing = set(needed)
+
     @property
     def ready(self) -> bool:
-        return not self._missing
+        return self._missing is not None and not self._missing
 
     # ------------------------------------------------------------------------------------------------- the tape
 
@@ -94,7 +91,8 @@ class EngineState:
             self._waiting.add(event.request)
         elif kind is ProgramReady:
             self._num_programs += 1
-            self._missing.discard((event.program, event.instances))
+            if self._missing:
+                self._missing.discard((event.program, event.instances))
         elif kind is StepFailed:
             self._counters.steps_failed += 1
             self._instances_lost(frozenset(event.instances), now_us)

@@ -51,7 +51,7 @@ class ListSink:
 
 
 def new_state() -> EngineState:
-    return EngineState(kv_token_bytes=1, needed=(), compiles_after_ready=lambda: 0)
+    return EngineState(kv_token_bytes=1, compiles_after_ready=lambda: 0)
 
 
 def prompt(*tokens: int) -> bytes:
@@ -62,7 +62,7 @@ def test_events_are_logged_in_order_with_their_commands_and_sinks_run_in_asyncio
     async def run():
         log, sink = ListLog(), ListSink()
         loop = EngineLoop(FakeManager(), new_state(), event_log=log)
-        loop.start(FakeExecutor(loop.post), asyncio.get_running_loop())
+        loop.start(FakeExecutor(loop.post), (), asyncio.get_running_loop())
         assert loop.arrive(prompt(1, 2), 5, Sampling(), (), sink) == 0
         await asyncio.wait_for(sink.done.wait(), 5)
         await asyncio.to_thread(loop.close)
@@ -86,7 +86,7 @@ def test_ticks_only_while_requests_are_open():
         log, sink = ListLog(), ListSink()
         loop = EngineLoop(FakeManager(), new_state(), event_log=log)
         executor = FakeExecutor(loop.post)
-        loop.start(executor, asyncio.get_running_loop())
+        loop.start(executor, (), asyncio.get_running_loop())
         await asyncio.sleep(0.3)
         assert not any(isinstance(frame[1], Tick) for frame in log.frames)
         executor.running.clear()
@@ -107,7 +107,7 @@ def test_a_closed_loop_tells_open_requests_and_takes_no_more():
         loop = EngineLoop(FakeManager(), new_state(), on_crash=crashes.append)
         executor = FakeExecutor(loop.post)
         executor.running.clear()
-        loop.start(executor, asyncio.get_running_loop())
+        loop.start(executor, (), asyncio.get_running_loop())
         loop.arrive(prompt(1), 3, Sampling(), (), sink)
         question = loop.ask_state()
         await asyncio.to_thread(loop.close)
@@ -130,11 +130,11 @@ def test_a_question_nobody_waits_for_harms_nothing():
         manager = FakeManager()
         loop = EngineLoop(manager, new_state())
         loop.post(Tick())
-        questions_before = FakeExecutor(loop.post)
-        loop.start(questions_before, asyncio.get_running_loop())
+        executor = FakeExecutor(loop.post)
+        loop.start(executor, (), asyncio.get_running_loop())
         for _ in range(50):
             loop.ask_state().cancel()
-        manager.view = lambda now_us: 1 / 0
+        manager.view = lambda: 1 / 0
         with pytest.raises(ZeroDivisionError):
             await asyncio.wrap_future(loop.ask_state())
         loop.arrive(prompt(1), 2, Sampling(), (), sink)
@@ -168,8 +168,8 @@ class NullManager:
         rows = tuple(DecodeRow(r, r, 1, -1, r % 8, 0, Run(0, 1), Sampling()) for r in range(self.rows))
         return RunDecode(self.step - 1, tuple(range(8)), 8, rows)
 
-    def view(self, now_us):
-        return View(now_us, 1, (InstanceView(0, 1, 1, 0, 0, True),), (), frozenset())
+    def view(self):
+        return View(0, 1, (InstanceView(0, 1, 1, 0, 0, True),), (), frozenset())
 
 
 class NullExecutor:
@@ -208,7 +208,7 @@ def test_the_loop_costs_little_per_decode_step():
         for _ in range(3):
             state = new_state()
             loop = EngineLoop(NullManager(rows, steps), state)
-            loop.start(NullExecutor(loop.post), asyncio.get_running_loop())
+            loop.start(NullExecutor(loop.post), (), asyncio.get_running_loop())
             sinks = [ListSink() for _ in range(rows)]
             for sink in sinks:
                 loop.arrive(b"", steps, Sampling(), (), sink)

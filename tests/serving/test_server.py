@@ -144,7 +144,7 @@ def test_a_cancelled_call_frees_its_pages_in_every_state():
             blocker.cancel()
             await eventually(lambda: not live.manager.running)
             live.executor.running.set()
-            view = live.manager.view(0)
+            view = live.manager.view()
             assert all(instance.free_pages == instance.num_pages for instance in view.instances)
             assert (await live.client.generate(generate_request(PROMPT, max_tokens=3))).token_ids == PROMPT
 
@@ -379,12 +379,12 @@ def test_many_streams_at_once():
 
 def test_a_port_in_use_is_said():
     async def run():
-        from serving.server import LoongServer
+        from serving.server import LoongServer, PortTaken
 
         async with live_server() as live:
             port = int(live.client.target.rsplit(":", 1)[1])
             other = LoongServer(live.loop, None, live.limits, ServerConfig(port=port))
-            with pytest.raises(RuntimeError, match=str(port)):
+            with pytest.raises(PortTaken, match=str(port)):
                 await other.start()
             await other.stop()
 
@@ -405,7 +405,7 @@ def test_the_loop_must_be_started():
     from serving.errors import NotServing
     from serving.state import EngineState
 
-    state = EngineState(kv_token_bytes=1, needed=(), compiles_after_ready=lambda: 0)
+    state = EngineState(kv_token_bytes=1, compiles_after_ready=lambda: 0)
     loop = EngineLoop(FakeManager(), state)
     with pytest.raises(NotServing):
         loop.ask_state()

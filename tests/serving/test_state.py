@@ -45,7 +45,8 @@ def move(count):
 
 class Tape:
     def __init__(self, needed=()):
-        self.state = EngineState(kv_token_bytes=100, needed=needed, compiles_after_ready=lambda: 3)
+        self.state = EngineState(kv_token_bytes=100, compiles_after_ready=lambda: 3)
+        self.state.wait_for(needed)
         self.now_us = 0
 
     def play(self, *items, after_us=1000):

@@ -1,0 +1,315 @@
+"""The `loong` command: what a person types and reads. The only place that touches the environment.
+
+What it is not: the life cycle behind a command (`serving/launch.py`) or the list of flags (`serving/flags.py`).
+Importing it does not import JAX: the platform is chosen first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import grpc
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from loong_jax.config import ConfigError
+from loong_jax.model.hf_config import CheckpointError
+from serving import flags, launch
+from serving.client import LoongClient, generate_request
+from serving.engine import EngineConfig
+from serving.launch import EngineLost, LaunchConfig
+from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.server import PortTaken, ServerConfig
+from serving.tokenizer import TokenizerError
+from serving.worker import ControlError
+
+app = typer.Typer(
+    name="loong",
+    help="Serve long-context LLMs with elastic sequence parallelism.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+XLA_CPU_FLAGS = {
+    # Many device threads on few cores: a slow rank must not end the process.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": "120",
+}
+
+
+_LINE_S = 5.0
+"""Between two lines about progress, where there is no terminal."""
+
+
+def main() -> None:
+    app()
+
+
+@app.command()
+def serve(
+    model: flags.Model,
+    instances: flags.Instances = 8,
+    tp: flags.Tp = 1,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 50051,
+    dtype: flags.Dtype = "auto",
+    pool_tokens: flags.PoolTokens = 65536,
+    page_tokens: flags.PageTokens = 16,
+    ring_tokens: flags.RingTokens = 512,
+    max_running: flags.MaxRunning = 256,
+    max_waiting: flags.MaxWaiting = 1024,
+    chunk_tokens: flags.ChunkTokens = 8192,
+    dops: flags.Dops = "auto",
+    prefill_buckets: flags.PrefillBuckets = "128,512,2048,8192",
+    decode_buckets: flags.DecodeBuckets = "1,8,32,128",
+    warm_up: flags.WarmUp = "minimal",
+    policy: flags.PolicyName = "simple_elastic",
+    platform: flags.Platform = "default",
+    cache_dir: flags.CacheDir = "~/.cache/loong",
+    event_log: flags.EventLog = None,
+    drain_s: flags.DrainS = 30.0,
+    num_processes: flags.NumProcesses = 1,
+    coordinator: flags.Coordinator = None,
+    control: flags.Control = "127.0.0.1:50052",
+) -> None:
+    """Serve a checkpoint over gRPC, until SIGTERM or SIGINT (drains; a second one ends at once).
+
+    Ready when the standard health service says SERVING.
+    """
+    with _told_errors():
+        cluster = flags.cluster_config(
+            instances=instances,
+            tp=tp,
+            pool_tokens=pool_tokens,
+            page_tokens=page_tokens,
+            ring_tokens=ring_tokens,
+            max_running=max_running,
+            dops=dops,
+            prefill_buckets=prefill_buckets,
+            decode_buckets=decode_buckets,
+        )
+        engine = EngineConfig(
+            cluster=cluster,
+            limits=flags.limits_config(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens),
+            policy=policy,
+            dtype=None if flags.one_of("dtype", dtype, "auto", "float32", "bfloat16") == "auto" else dtype,
+            full_warm_up=flags.one_of("warm-up", warm_up, "minimal", "full") == "full",
+            num_processes=num_processes,
+            coordinator=coordinator,
+        )
+        server = ServerConfig(host=host, port=port, drain_s=drain_s)
+        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control)
+        _use_platform(platform, engine)
+        with _Console() as reporter:
+            asyncio.run(launch.serve(config, reporter))
+
+
+@app.command()
+def worker(
+    model: flags.Model,
+    leader: flags.Leader,
+    process_id: flags.ProcessId,
+    platform: flags.Platform = "default",
+    cache_dir: flags.CacheDir = "~/.cache/loong",
+) -> None:
+    """Be one of the other processes of an engine: everything else comes from the leader.
+
+    The leader is `loong serve` with --num-processes, --coordinator and --control; it may start before or after.
+    """
+    with _told_errors(), _Console() as reporter:
+        launch.work(
+            model,
+            leader,
+            process_id,
+            lambda config: _use_platform(platform, config),
+            reporter,
+            _cache_folder(cache_dir),
+        )
+
+
+@app.command()
+def generate(
+    address: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
+    prompt: Annotated[str | None, typer.Option(help="The prompt.", show_default=False)] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File that holds the prompt; '-': standard input.", show_default=False)
+    ] = None,
+    token_ids: Annotated[
+        str | None, typer.Option(help="The prompt as token ids, as in 1,15,7.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens to generate. Default: the server's (256).")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 or absent: greedy; up to 100.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens. Absent: from all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this much probability. Absent: from all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable. Absent: drawn by the server.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
+    timeout_s: Annotated[float | None, typer.Option(help="Give up after this time, in seconds. Absent: never.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Print token ids, not text.")] = False,
+) -> None:
+    """Send one prompt to a server and print the answer as it comes; a summary goes to standard error."""
+    given = [value for value in (prompt, prompt_file, token_ids) if value is not None]
+    if len(given) != 1:
+        _fail("give exactly one of --prompt, --prompt-file and --token-ids", code=2)
+    with _told_errors():
+        if token_ids is not None:
+            content: str | tuple[int, ...] = flags.numbers("token-ids", token_ids)
+        else:
+            content = prompt if prompt is not None else _read(prompt_file)
+        request = generate_request(
+            content,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+            stop_token_ids=stop_token_id or (),
+            ignore_eos=ignore_eos,
+        )
+        asyncio.run(_print_answer(address, request, timeout_s, ids))
+
+
+async def _print_answer(address: str, request: pb.GenerateRequest, timeout_s: float | None, ids: bool) -> None:
+    start_s = time.monotonic()
+    first_s = 0.0
+    async with LoongClient(address) as client:
+        async for response in client.responses(request, timeout_s):
+            if response.WhichOneof("event") == "tokens":
+                first_s = first_s or time.monotonic() - start_s
+                tokens = response.tokens
+                print("".join(f"{i} " for i in tokens.token_ids) if ids else tokens.text, end="", flush=True)
+            else:
+                print()
+                print(_summary(response.finished, first_s, time.monotonic() - start_s), file=sys.stderr)
+
+
+def _summary(finished: pb.Finished, first_s: float, total_s: float) -> str:
+    reason = pb.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower()
+    runs = ", ".join(
+        f"{pb.Phase.Name(run.phase).removeprefix('PHASE_').lower()} {run.tokens} at DoP {run.dop}"
+        for run in finished.dop_history
+    )
+    usage = f"{finished.usage.prompt_tokens} + {finished.usage.completion_tokens} tokens"
+    return f"[{reason}; {usage}; first after {first_s:.2f} s, all after {total_s:.2f} s; {runs}]"
+
+
+# ----------------------------------------------------------------------------------------------------------- details
+
+
+class _Console:
+    """Reporter on standard error: lines, and progress bars where there is a terminal."""
+
+    def __enter__(self) -> _Console:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("jax").setLevel(logging.WARNING)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._progress.start()
+        self._start_s = time.monotonic()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()
+
+    def say(self, message: str) -> None:
+        self._progress.console.print(
+            f"[{time.monotonic() - self._start_s:7.1f} s] {message}", markup=False, highlight=False
+        )
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        task: TaskID | None = None
+        said_s = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            nonlocal task, said_s
+            if task is None:
+                task = self._progress.add_task(what)
+            self._progress.update(task, completed=done, total=total)
+            if done == total:
+                self._progress.remove_task(task)
+                self.say(f"{what}: done")
+            elif not self._progress.console.is_terminal and time.monotonic() - said_s >= _LINE_S:
+                said_s = time.monotonic()
+                self.say(f"{what}: {100 * done // total}%")
+
+        return update
+
+
+class _told_errors:
+    """What the world may do wrong ends the command with its words; a bug keeps its traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, grpc.RpcError):
+            _fail(f"{error.code().name}: {error.details()}")  # type: ignore[attr-defined]
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        if isinstance(error, _WORLD):
+            _fail(str(error) or type(error).__name__)
+
+
+_WORLD = (
+    OSError,
+    TimeoutError,
+    CheckpointError,
+    ConfigError,
+    ControlError,
+    EngineLost,
+    PortTaken,
+    TokenizerError,
+    grpc.FutureTimeoutError,
+)
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(f"loong: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _read(path: Path | None) -> str:
+    if path is None or str(path) == "-":
+        return sys.stdin.read()
+    return path.read_text(encoding="utf-8")
+
+
+def _cache_folder(text: str) -> Path | None:
+    return None if text == "none" else Path(text).expanduser()
+
+
+def _use_platform(platform: str, engine: EngineConfig) -> None:
+    """Choose JAX's platform for this process. Before JAX is imported."""
+    flags.one_of("platform", platform, "default", "cpu")
+    if platform == "default":
+        return
+    num_devices = engine.cluster.num_instances * engine.cluster.tp // engine.num_processes
+    asked = os.environ.get("XLA_FLAGS", "").split()
+    ours = {"--xla_force_host_platform_device_count": str(num_devices), **XLA_CPU_FLAGS}
+    kept = [flag for flag in asked if flag.split("=")[0] not in ours]
+    os.environ["XLA_FLAGS"] = " ".join([*kept, *(f"{name}={value}" for name, value in ours.items())])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Threads of XLA's pool: each virtual device blocks one in a collective.
+    os.environ["NPROC"] = str(max(int(os.environ.get("NPROC", "0")), 2 * num_devices))

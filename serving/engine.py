@@ -1,0 +1,219 @@
+"""The composition of an engine: checkpoint, programs, executor, manager, loop. The only module of `serving` that knows
+them all; JAX is imported when an engine is loaded, not before, so that the command line can choose its platform.
+
+What it is not: the listener (`serving/server.py`), the life cycle of a process (`serving/launch.py`), or the choice of
+flags (`serving/cli.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+import loong_jax
+from loong_jax.config import ClusterConfig, ConfigError, LimitsConfig, ModelConfig
+from loong_jax.cost.linear import LinearCost
+from loong_jax.eventlog import EventLogWriter, LogHeader
+from loong_jax.manager import Manager
+from loong_jax.policy import POLICIES
+from loong_jax.types import AnyCommand, AnyEvent, Phase, Program, ProgramReady
+from serving.loop import EngineLoop, ExecutorLike
+from serving.state import EngineState
+from serving.validation import ValidationLimits
+
+if TYPE_CHECKING:
+    from loong_jax.executor import Executor
+    from loong_jax.programs import Programs
+
+Instances = tuple[int, ...]
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """All that the processes of one engine must agree on. `dtype` None: the checkpoint's. With several processes,
+    `coordinator` is the address of jax.distributed, and instances are dealt to processes in order, evenly."""
+
+    cluster: ClusterConfig
+    limits: LimitsConfig
+    policy: str = "simple_elastic"
+    dtype: str | None = None
+    full_warm_up: bool = False
+    num_processes: int = 1
+    coordinator: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy: {self.policy!r} is none of {', '.join(POLICIES)}")
+        if self.num_processes < 1 or self.cluster.num_instances % self.num_processes:
+            raise ConfigError(
+                f"num_processes: {self.cluster.num_instances} instances cannot be dealt to {self.num_processes}"
+            )
+        if self.num_processes > 1 and self.coordinator is None:
+            raise ConfigError("coordinator: needed with several processes")
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The process of each instance."""
+        share = self.cluster.num_instances // self.num_processes
+        return tuple(instance // share for instance in range(self.cluster.num_instances))
+
+
+class Loaded(NamedTuple):
+    """What `load` makes: one process's data plane, not yet warm."""
+
+    executor: Executor
+    programs: Programs
+    needed: list[tuple[Program, Instances]]  # readiness waits for these
+    others: list[tuple[Program, Instances]]  # the rest of the ladder
+
+
+class LocalExecutor:
+    """Executor and programs of one process under one `close`."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+
+    def submit(self, command: AnyCommand) -> None:
+        self._loaded.executor.submit(command)
+
+    def close(self) -> None:
+        self._loaded.programs.close()
+        self._loaded.executor.close()
+
+
+class Engine:
+    """Manager and loop of the leading process. Takes events from the start, and runs once `start` gives it devices."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        *,
+        event_log: Path | None,
+        on_ready: Callable[[], None],
+        on_crash: Callable[[str], None],
+    ) -> None:
+        cluster, limits, cost = config.cluster, config.limits, LinearCost()
+        log = None
+        if event_log is not None:
+            header = LogHeader(loong_jax.__version__, cluster, limits, config.policy, dict(cost.coefficients))
+            log = EventLogWriter(event_log, header)
+        self._programs: Programs | None = None
+        self._on_ready = on_ready
+        state = EngineState(kv_token_bytes=kv_token_bytes(model), compiles_after_ready=self._compiles_after_ready)
+        self.loop = EngineLoop(
+            Manager(cluster, limits, POLICIES[config.policy](cluster, limits), cost),
+            state,
+            event_log=log,
+            on_ready=self._ready,
+            on_crash=on_crash,
+        )
+
+    def start(self, loaded: Loaded, executor: ExecutorLike, asyncio_loop: asyncio.AbstractEventLoop) -> None:
+        """`executor`: that of `loaded`, or one that forwards to it and to other processes."""
+        self._programs = loaded.programs
+        self.loop.start(executor, loaded.needed, asyncio_loop)
+
+    def _ready(self) -> None:
+        if self._programs is not None:
+            self._programs.mark_ready()
+        self._on_ready()
+
+    def _compiles_after_ready(self) -> int:
+        """Compiles that the serving path waited for: of programs, and of operations outside them."""
+        if self._programs is None:
+            return 0
+        return self._programs.compiles_after_ready + self._programs.stray_compiles_after_ready
+
+
+def read_model(directory: Path, dtype: str | None) -> ModelConfig:
+    """The checkpoint's configuration, in `dtype` where one is asked for. Raises CheckpointError or ConfigError."""
+    from loong_jax.model.hf_config import read_config
+
+    model = read_config(directory)
+    return model if dtype is None else msgspec.structs.replace(model, dtype=dtype)
+
+
+def kv_token_bytes(model: ModelConfig) -> int:
+    """Bytes of one token's K and V over all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * (4 if model.dtype == "float32" else 2)
+
+
+def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationLimits:
+    return ValidationLimits(
+        vocab_size=model.vocab_size,
+        max_position=model.max_position,
+        pool_tokens=cluster.pool_tokens,
+        eos_ids=model.eos_ids,
+    )
+
+
+def wanted_programs(
+    cluster: ClusterConfig, platform: str, *, full: bool
+) -> tuple[list[tuple[Program, Instances]], list[tuple[Program, Instances]]]:
+    """(needed for readiness, the others), each on all device sets of the platform.
+
+    The minimal ladder is the steps of DoP 1 and of the largest; `full` needs those of every DoP. Migrations and copies
+    are made when the manager asks for them."""
+    from loong_jax.programs import device_sets, on_sets
+
+    dops = cluster.ladder.dops
+    sets = device_sets(cluster.num_instances, dops, platform)
+    steps = [program for program in cluster.ladder.programs() if program.phase in (Phase.PREFILL, Phase.DECODE)]
+    needed = [program for program in steps if full or program.dop in (1, dops[-1])]
+    return on_sets(needed, sets), on_sets([program for program in steps if program not in needed], sets)
+
+
+def load(
+    directory: Path,
+    config: EngineConfig,
+    model: ModelConfig,
+    post: Callable[[AnyEvent], None],
+    *,
+    cache_dir: Path | None,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Load this process's instances. Raises CheckpointError and ConfigError."""
+    import jax
+
+    import pallas_kernels
+    from loong_jax.esp.groups import Devices
+    from loong_jax.esp.steps import StepBuilder
+    from loong_jax.executor import Executor
+    from loong_jax.model.checkpoint import load_checkpoint
+    from loong_jax.program_store import ProgramStore, enable_jax_cache, fingerprint
+    from loong_jax.programs import Programs
+
+    cluster, platform = config.cluster, jax.default_backend()
+    store = None
+    if cache_dir is not None:
+        store = ProgramStore(cache_dir / "programs")
+        enable_jax_cache(cache_dir / "jax")
+    devices = Devices(jax.devices(), cluster.num_instances, cluster.tp)
+    builder = StepBuilder(model, cluster, platform)
+    local = [
+        [device if device.process_index == devices.process_index else None for device in instance]
+        for instance in devices.by_instance
+    ]
+    weights = load_checkpoint(
+        directory, model, tp=cluster.tp, devices=local, stacked=builder.stacked, progress=progress
+    )
+    sources = [Path(str(package.__file__)).parent for package in (loong_jax, pallas_kernels)]
+    parts = fingerprint(sources, repr(model), repr(cluster), platform)
+    programs = Programs(builder.build, devices.mesh, store if config.num_processes == 1 else None, post, parts)
+    needed, others = wanted_programs(cluster, platform, full=config.full_warm_up)
+    return Loaded(Executor(builder, devices, weights, programs, post), programs, needed, others)
+
+
+def warm_up(loaded: Loaded, post: Callable[[AnyEvent], None], progress: Progress | None = None) -> None:
+    """Compile what readiness needs, and have the rest compiled in the background."""
+    loaded.programs.warm_up(loaded.needed, progress)
+    for program, instances in loaded.programs.ready:
+        post(ProgramReady(program, instances))
+    for program, instances in loaded.others:
+        loaded.programs.prepare(program, instances)

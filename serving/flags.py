@@ -1,0 +1,107 @@
+"""The flags of `loong serve` and `loong worker`: help, units, and how their values become configurations.
+
+What it is not: the commands (`serving/cli.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from loong_jax.config import ClusterConfig, ConfigError, LadderConfig, LimitsConfig, ladder_for
+from loong_jax.policy import POLICIES
+
+Model = Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.", show_default=False)]
+Instances = Annotated[int, typer.Option(help="Instances; each holds one copy of the weights.")]
+Tp = Annotated[int, typer.Option(help="Devices of an instance (tensor parallelism).")]
+Host = Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0: any free one.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.")]
+PoolTokens = Annotated[int, typer.Option(min=1, help="KV of all instances together, in tokens.")]
+PageTokens = Annotated[int, typer.Option(min=1, help="Tokens of a page.")]
+RingTokens = Annotated[int, typer.Option(min=1, help="Tokens of a context tile that circulates in prefill.")]
+MaxRunning = Annotated[int, typer.Option(min=1, help="Requests running at once.")]
+MaxWaiting = Annotated[int, typer.Option(min=1, help="Requests waiting at once; more are refused.")]
+ChunkTokens = Annotated[int, typer.Option(min=1, help="New tokens of one prefill step over its group.")]
+Dops = Annotated[str, typer.Option(help="Degrees of parallelism, as in 1,2,4,8. auto: by the number of instances.")]
+PrefillBuckets = Annotated[str, typer.Option(help="Sizes of prefill programs: tokens per instance.")]
+DecodeBuckets = Annotated[str, typer.Option(help="Sizes of decode programs: rows per master.")]
+WarmUp = Annotated[
+    str, typer.Option(help="Ready once programs are there for: 'minimal': DoP 1 and the largest; 'full': every DoP.")
+]
+PolicyName = Annotated[str, typer.Option(help=f"Scheduling policy: {', '.join(POLICIES)}.")]
+Platform = Annotated[
+    str, typer.Option(help="'default': the devices JAX finds. 'cpu': virtual devices, as many as are needed.")
+]
+CacheDir = Annotated[
+    str, typer.Option(help="Folder that keeps compiled programs for the next start; 'none': no folder.")
+]
+EventLog = Annotated[
+    Path | None, typer.Option(help="File for all events, to be replayed by scripts/replay.py. Default: none.")
+]
+DrainS = Annotated[float, typer.Option(min=0, help="Time for open streams after the first signal, in seconds.")]
+NumProcesses = Annotated[int, typer.Option(min=1, help="Processes of this engine; all but this one are workers.")]
+Coordinator = Annotated[
+    str | None, typer.Option(help="HOST:PORT of this host for jax.distributed, with several processes. Default: none.")
+]
+Control = Annotated[
+    str, typer.Option(help="HOST:PORT of this host that workers join, with several processes. Keep it private.")
+]
+Leader = Annotated[str, typer.Option(help="HOST:PORT of the leader's --control.")]
+ProcessId = Annotated[int, typer.Option(min=1, help="Number of this process, from 1.")]
+
+
+def cluster_config(
+    *,
+    instances: int,
+    tp: int,
+    pool_tokens: int,
+    page_tokens: int,
+    ring_tokens: int,
+    max_running: int,
+    dops: str,
+    prefill_buckets: str,
+    decode_buckets: str,
+) -> ClusterConfig:
+    """Raises ConfigError."""
+    if instances < 1:
+        raise ConfigError("instances: must be positive")
+    ladder = LadderConfig(
+        prefill_tokens=numbers("prefill-buckets", prefill_buckets),
+        decode_rows=numbers("decode-buckets", decode_buckets),
+    )
+    if dops == "auto":
+        ladder = ladder_for(instances, ladder)
+    else:
+        ladder = msgspec.structs.replace(ladder, dops=numbers("dops", dops))
+    return ClusterConfig(
+        num_instances=instances,
+        tp=tp,
+        page_tokens=page_tokens,
+        pages_per_instance=-(-pool_tokens // (instances * page_tokens)),
+        ring_tokens=ring_tokens,
+        slots=max_running,
+        ladder=ladder,
+    )
+
+
+def limits_config(*, max_waiting: int, max_running: int, chunk_tokens: int) -> LimitsConfig:
+    return LimitsConfig(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens)
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4). Raises ConfigError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag}: {text!r} is no list of integers such as 1,2,4") from None
+
+
+def one_of(flag: str, value: str, *allowed: str) -> str:
+    """Raises ConfigError."""
+    if value not in allowed:
+        raise ConfigError(f"{flag}: {value!r} is none of {', '.join(allowed)}")
+    return value

@@ -1,0 +1,215 @@
+"""Life cycle of a serving process: listen, load, warm up, serve, drain, end. And of a worker process.
+
+What it is not: the composition of an engine (`serving/engine.py`) or the command line (`serving/cli.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from loong_jax.config import ModelConfig
+from loong_jax.types import AnyEvent
+from serving import engine as engines
+from serving.cluster import CompletionMerger, ControlServer, FanOutExecutor
+from serving.engine import Engine, EngineConfig, Loaded, LocalExecutor
+from serving.loop import ExecutorLike
+from serving.server import LoongServer, ServerConfig
+from serving.tokenizer import Tokenizer
+from serving.worker import run_worker
+
+_JOIN_S = 600.0
+T = TypeVar("T")
+
+
+class LaunchConfig(msgspec.Struct, frozen=True):
+    """One serving process. `control_address`: where workers join, with several processes."""
+
+    directory: Path
+    engine: EngineConfig
+    server: ServerConfig
+    cache_dir: Path | None = None
+    event_log: Path | None = None
+    control_address: str = "127.0.0.1:50052"
+
+
+class Reporter(Protocol):
+    """Tells a person what goes on at start-up and at the end."""
+
+    def say(self, message: str) -> None: ...
+    def progress(self, what: str) -> engines.Progress: ...
+
+
+class EngineLost(Exception):
+    """The engine thread ended on its own; the message says why."""
+
+
+async def serve(config: LaunchConfig, reporter: Reporter) -> None:
+    """Serve until a signal. Raises CheckpointError, ConfigError, TokenizerError, PortTaken, OSError (the event log),
+    EngineLost."""
+    await _Leader(config, reporter).run()
+
+
+def work(
+    directory: Path,
+    leader: str,
+    process_id: int,
+    use_devices: Callable[[EngineConfig], None],
+    reporter: Reporter,
+    cache_dir: Path | None,
+) -> None:
+    """Be process `process_id` of the engine led at `leader`, until that ends. `use_devices` is called with the leader's
+    configuration before JAX is imported. Raises what `run_worker` raises."""
+
+    def build(data: bytes, post: Callable[[AnyEvent], None]) -> ExecutorLike:
+        config = msgspec.msgpack.decode(data, type=EngineConfig)
+        use_devices(config)
+        _join_processes(config, process_id)
+        model = engines.read_model(directory, config.dtype)
+        reporter.say(f"loading {directory}")
+        loaded = engines.load(
+            directory, config, model, post, cache_dir=cache_dir, progress=reporter.progress("loading")
+        )
+        engines.warm_up(loaded, post, reporter.progress("compiling"))
+        loaded.programs.mark_ready()
+        reporter.say(f"process {process_id} is ready")
+        return LocalExecutor(loaded)
+
+    run_worker(leader, process_id, build)
+
+
+def _join_processes(config: EngineConfig, process_id: int) -> None:
+    if config.num_processes == 1:
+        return
+    import jax
+
+    jax.distributed.initialize(config.coordinator, config.num_processes, process_id)
+
+
+class _Leader:
+    """The leading process, step by step."""
+
+    def __init__(self, config: LaunchConfig, reporter: Reporter) -> None:
+        self._config = config
+        self._reporter = reporter
+        self._asyncio_loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._crash: str | None = None
+
+    async def run(self) -> None:
+        config, say = self._config, self._reporter.say
+        model = engines.read_model(config.directory, config.engine.dtype)
+        tokenizer = Tokenizer.load(config.directory)
+        engine = Engine(
+            config.engine,
+            model,
+            event_log=config.event_log,
+            on_ready=lambda: self._tell(self._ready),
+            on_crash=lambda message: self._tell(self._lost, message),
+        )
+        limits = engines.validation_limits(model, config.engine.cluster)
+        self._server = LoongServer(engine.loop, tokenizer, limits, config.server)
+        self._catch_signals()
+        port = await self._server.start()
+        say(f"listening on {config.server.host}:{port}; loading {config.directory}")
+        loading = asyncio.ensure_future(_in_thread(lambda: self._load(engine, model)))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            # Compiles cannot be interrupted, and there is nobody to be kind to yet.
+            say("stopped while loading")
+            os._exit(128 + signal.SIGINT)
+        loading.result()
+        await stopped
+        if self._crash is not None:
+            await self._server.stop()
+            raise EngineLost(self._crash)
+        say("draining")
+        await self._server.drain()
+        await asyncio.to_thread(engine.loop.close)
+        say("stopped")
+
+    def _load(self, engine: Engine, model: ModelConfig) -> None:
+        """In a thread of its own. The engine runs at the end, and is ready when the last program has arrived."""
+        config, reporter = self._config, self._reporter
+        merger = control = None
+        post: Callable[[AnyEvent], None] = engine.loop.post
+        if config.engine.num_processes > 1:
+            merger = CompletionMerger(config.engine.owners, engine.loop.post)
+            control = ControlServer(msgspec.msgpack.encode(config.engine), config.engine.num_processes, merger)
+            control.start(config.control_address)
+            reporter.say(f"waiting for {config.engine.num_processes - 1} workers on {config.control_address}")
+            post = _from_process(merger, 0)
+            _join_processes(config.engine, 0)
+        loaded = engines.load(
+            config.directory,
+            config.engine,
+            model,
+            post,
+            cache_dir=config.cache_dir,
+            progress=reporter.progress("loading"),
+        )
+        executor = self._executor(loaded, merger, control)
+        engine.start(loaded, executor, self._asyncio_loop)
+        engines.warm_up(loaded, post, reporter.progress("compiling"))
+
+    def _executor(self, loaded: Loaded, merger: CompletionMerger | None, control: ControlServer | None) -> ExecutorLike:
+        local = LocalExecutor(loaded)
+        if merger is None or control is None:
+            return local
+        return FanOutExecutor(local, merger, control)
+
+    async def _ready(self) -> None:
+        await self._server.ready()
+        pool_tokens = self._config.engine.cluster.pool_tokens
+        self._reporter.say(
+            f"ready: {self._config.engine.cluster.num_instances} instances, pool of {pool_tokens} tokens"
+        )
+
+    async def _lost(self, message: str) -> None:
+        if not self._stop.is_set():
+            self._crash = message
+        await self._server.engine_lost(message)
+
+    def _tell(self, method: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """From the engine thread: run a coroutine in the asyncio loop."""
+        self._asyncio_loop.call_soon_threadsafe(lambda: asyncio.ensure_future(method(*args)))
+
+    def _catch_signals(self) -> None:
+        """The first signal drains, the second ends at once."""
+
+        def caught(signum: int) -> None:
+            if self._stop.is_set():
+                os._exit(128 + signum)
+            self._stop.set()
+
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._asyncio_loop.add_signal_handler(signum, caught, signum)
+
+
+def _from_process(merger: CompletionMerger, process: int) -> Callable[[AnyEvent], None]:
+    return lambda event: merger.take(process, event)
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Run in a daemon thread: it does not keep a process alive that is told to stop."""
+    asyncio_loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = asyncio_loop.create_future()
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            asyncio_loop.call_soon_threadsafe(future.set_exception, error)
+        else:
+            asyncio_loop.call_soon_threadsafe(future.set_result, result)
+
+    threading.Thread(target=run, name="loong-load", daemon=True).start()
+    return await future
