@@ -271,14 +271,13 @@ class EngineLoop:
             answer.set_exception(error)
 
     def _perform(self, command: AnyCommand, now_us: int) -> None:
-        kind = type(command)
-        if kind is Emit:
+        if isinstance(command, Emit):
             sink = self._sinks.get(command.request)
-        elif kind is Finish or kind is Reject:
+        elif isinstance(command, Finish | Reject):
             sink = self._sinks.pop(command.request, None)
         else:
             self._executor.submit(command)
-            if kind is RunPrefill:
+            if isinstance(command, RunPrefill):
                 self._tell_prefilled(command, now_us)
             self._state.saw_command(command, now_us)
             return

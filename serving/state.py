@@ -84,37 +84,35 @@ class EngineState:
     # ------------------------------------------------------------------------------------------------- the tape
 
     def saw_event(self, event: AnyEvent, now_us: int) -> None:
-        kind = type(event)
-        if kind is StepDone:
+        if isinstance(event, StepDone):
             self._step_over(event.step, now_us)
-        elif kind is Arrived:
+        elif isinstance(event, Arrived):
             self._waiting.add(event.request)
-        elif kind is ProgramReady:
+        elif isinstance(event, ProgramReady):
             self._num_programs += 1
             if self._missing:
                 self._missing.discard((event.program, event.instances))
-        elif kind is StepFailed:
+        elif isinstance(event, StepFailed):
             self._counters.steps_failed += 1
             self._instances_lost(frozenset(event.instances), now_us)
-        elif kind is Drain:
+        elif isinstance(event, Drain):
             self._draining = True
 
     def saw_command(self, command: AnyCommand, now_us: int) -> None:
-        kind = type(command)
-        if kind is Emit:
+        if isinstance(command, Emit):
             self._tokens_generated += len(command.tokens)
-        elif kind is RunDecode:
+        elif isinstance(command, RunDecode):
             self._steps_decode += 1
             requests = [row.request for row in command.rows]
             self._step_issued(pb.PHASE_DECODE, command.step, command.instances, requests, len(requests), now_us)
-        elif kind is RunPrefill:
+        elif isinstance(command, RunPrefill):
             self._saw_prefill(command, now_us)
-        elif kind is Migrate:
+        elif isinstance(command, Migrate):
             self._counters.kv_bytes_migrated += self._kv_token_bytes * sum(move.run.count for move in command.moves)
-        elif kind is Finish or kind is Reject:
+        elif isinstance(command, Finish | Reject):
             self._waiting.discard(command.request)
             self._group_of.pop(command.request, None)
-            if kind is Finish:
+            if isinstance(command, Finish):
                 self._counters.requests_finished += 1
             else:
                 self._counters.requests_refused += 1
