@@ -5,7 +5,9 @@ head dimension padded with zeros to the lanes of the hardware. Its dtype is floa
 patterns of bfloat16: XLA's CPU backend rewrites bfloat16 arithmetic to float32 and converts the *whole* pool for it.
 What it is not: a page table or an allocator (those are the ledger and `kv_pool`).
 
-Every write is in place when the pool is donated or carried through a loop, also where the loop reads it.
+Every write is in place when the pool is donated or carried through a loop, also where the loop reads it. One order is
+left to the caller: XLA's CPU backend copies the pool when a read by a loop (`paged_partial`) and a later write do not
+depend on each other. Write first, then read; or write what the read gave.
 """
 
 import jax.numpy as jnp

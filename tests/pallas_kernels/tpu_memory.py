@@ -1,7 +1,7 @@
 """Compiles the pool's readers and writers ahead of time for TPU v5e:2x4 and prints what memory they take, as JSON.
 
-Run as a program by `test_tpu_compile.py`: libtpu reads its settings once per process and ends the process on some errors.
-It needs no TPU. Output: one object per program: name, pool_bytes, alias_bytes, temp_bytes (per device).
+Run as a program by `test_tpu_compile.py`: libtpu reads its settings once per process and ends the process on some
+errors. It needs no TPU. Output: one object per program: name, pool_bytes, alias_bytes, temp_bytes (per device).
 """
 
 import json
@@ -42,12 +42,11 @@ def programs(dim: int):
     def over_layers(step):
         """Scans `step(pool, layer, total) -> (pool, total)` over the layers."""
 
+        def layers(carry, layer):
+            return step(carry[0], layer, carry[1]), None
+
         def run(pool):
-            return lax.scan(
-                lambda c, layer: (step(c[0], layer, c[1]), None),
-                (pool, pool[0, 0, 0, 0, 0, 0] * 0.0),
-                jnp.arange(LAYERS),
-            )[0]
+            return lax.scan(layers, (pool, jnp.zeros((), jnp.float32)), jnp.arange(LAYERS))[0]
 
         return run
 
@@ -60,7 +59,7 @@ def programs(dim: int):
     def decode_program(pool, q, q_pos, entries, row_start, row_len, pages, slots, k, v):
         def step(pool, layer, total):
             part = paged_partial(q, q_pos[:, None], pool, layer, entries, row_start, row_len, scale=0.1, platform="tpu")
-            return write_slots(pool, layer, pages, slots, k, v), total + part.out.sum().astype(total.dtype)
+            return write_slots(pool, layer, pages, slots, k, v), total + part.out.sum()
 
         return over_layers(step)(pool)
 
@@ -79,7 +78,7 @@ def programs(dim: int):
         return over_layers(step)(pool)
 
     def move_program(pool, source, target):
-        return write_all_layers(pool, target, read_all_layers(pool, source)), jnp.zeros((), pool.dtype)
+        return write_all_layers(pool, target, read_all_layers(pool, source)), jnp.zeros(())
 
     return {
         "write_pages": (pages_program, (page, kv, kv)),

@@ -1,0 +1,118 @@
+"""What the blockwise paths promise beyond right answers: cost that follows the data, and use inside any program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import flash_partial as flash
+from pallas_kernels import paged_partial as paged
+from pallas_kernels.flash_partial import blockwise
+from tests.pallas_kernels import cases
+from tests.pallas_kernels.test_conformance import check
+
+FLASH = cases.FlashCase("nested", cases.striped, tok=96, ctx=128)
+PAGED = cases.PagedCase("nested", (100, 0, 33), gaps=True)
+
+
+def seen_blocks(q, kv, block, window=None):
+    """(pairs computed, pairs with something visible) of blocks of `block` tokens."""
+    q, kv = (tuple(jnp.asarray(a, jnp.int32).reshape(-1, block) for a in side) for side in (q, kv))
+    seen = np.asarray(blockwise.may_see(blockwise.extents(*q), blockwise.extents(*kv), window))
+    (q_req, q_pos), (kv_req, kv_pos) = ([a[:, None, :, None] for a in q], [a[None, :, None, :] for a in kv])
+    visible = (q_req == kv_req) & (kv_req >= 0) & (kv_pos <= q_pos) & (q_pos - kv_pos < (window or 2**30))
+    needed = np.asarray(visible.any(axis=(2, 3)))
+    assert not (needed & ~seen).any(), "a visible block would be skipped"
+    return seen.sum(), needed.sum()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("layout", [cases.causal, cases.chunk, cases.striped, cases.ragged, cases.all_padding])
+def test_only_visible_blocks_are_computed(layout, window):
+    q_req, q_pos, kv_req, kv_pos = layout(np.random.default_rng(0), 512, 512)
+    computed, needed = seen_blocks((q_req, q_pos), (kv_req, kv_pos), 16, window)
+    assert computed <= 1.05 * needed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_visible_block_is_skipped_in_any_order(seed):
+    q_req, q_pos, kv_req, kv_pos = cases.scattered(np.random.default_rng(seed), 64, 64)
+    q_req, kv_req = np.sort(q_req), np.roll(np.sort(kv_req), seed)
+    for window in (None, 9):
+        seen_blocks((q_req, q_pos), (kv_req, kv_pos), 4, window)
+
+
+def test_block_lists_name_the_seen_blocks():
+    seen = np.random.default_rng(0).random((7, 9)) < 0.4
+    lists, counts = blockwise.block_lists(jnp.asarray(seen))
+    for row in range(7):
+        np.testing.assert_array_equal(lists[row, : counts[row]], np.flatnonzero(seen[row]))
+
+
+def call_flash(arrays):
+    return flash.flash_partial(**arrays, scale=FLASH.dim**-0.5, implementation="blockwise")
+
+
+def call_paged(arrays):
+    return paged.paged_partial(**arrays, scale=PAGED.dim**-0.5, implementation="blockwise")
+
+
+OPS = {
+    "flash": (
+        call_flash,
+        cases.flash_inputs(FLASH),
+        cases.dense_flash(FLASH, cases.flash_inputs(FLASH), FLASH.dim**-0.5),
+    ),
+    "paged": (
+        call_paged,
+        cases.paged_inputs(PAGED),
+        cases.dense_paged(PAGED, cases.paged_inputs(PAGED), PAGED.dim**-0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inside_scan_and_a_loop_of_dynamic_length(op):
+    function, arrays, want = OPS[op]
+
+    @jax.jit
+    def program(arrays, trips):
+        def step(total, _):
+            once = lambda i, total: jax.tree.map(jnp.add, total, function(arrays))
+            return lax.fori_loop(0, trips, once, jax.tree.map(jnp.zeros_like, total)), None
+
+        return lax.scan(
+            step, jax.eval_shape(function, arrays) and jax.tree.map(jnp.zeros_like, want32), None, length=2
+        )[0]
+
+    want32 = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), want)
+    check(program(arrays, jnp.int32(1)), want, 2e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("varying", [{"q"}, {"q", "k", "v", "kv_pages"}])
+def test_inside_shard_map_with_checked_axes(op, varying):
+    """Whatever varies over the mesh and whatever does not: loop carries must agree."""
+    function, arrays, want = OPS[op]
+    mesh = Mesh(np.array(jax.devices()[:2]), ("sp",))
+    specs = {name: P("sp") if name in varying else P() for name in arrays}
+    stacked = {name: jnp.stack([a, a]) if name in varying else a for name, a in arrays.items()}
+
+    def program(arrays):
+        arrays = {name: a[0] if name in varying else a for name, a in arrays.items()}
+        return jax.tree.map(lambda a: a[None], function(arrays))
+
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=(specs,), out_specs=P("sp"))
+    got = jax.jit(mapped)(stacked)
+    for rank in range(2):
+        check(jax.tree.map(lambda a: a[rank], got), want, 2e-6)
+
+
+def test_paged_memory_is_far_below_the_pool():
+    pool = jax.ShapeDtypeStruct((8, 1024, 2, 2, 16, 64), jnp.uint16)
+    arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in OPS["paged"][1].items()} | {"kv_pages": pool}
+    memory = jax.jit(call_paged).lower(arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20
