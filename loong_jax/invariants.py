@@ -18,11 +18,16 @@ def _require(condition: bool, message: str) -> None:
 
 def check(state: CoreState) -> None:
     """Raises `InvariantError` naming the first invariant that does not hold."""
+    check_state(state)
+    check_progress(state)
+
+
+def check_state(state: CoreState) -> None:
+    """All that hold whatever the policy does: INV-1, 2, 4, 5, 6."""
     _check_requests(state)
     _check_steps(state)
     state.ledger.check()
     _check_kv(state)
-    _check_progress(state)
 
 
 def _check_requests(state: CoreState) -> None:
@@ -62,7 +67,7 @@ def _check_kv(state: CoreState) -> None:
         _require(tokens == wanted, f"INV-5: request {request.id} has {tokens} tokens of KV, not {wanted}")
 
 
-def _check_progress(state: CoreState) -> None:
+def check_progress(state: CoreState) -> None:
     """INV-8, in the form that needs no knowledge of the policy: nothing runs, although something could."""
     idle = state.requests and not state.steps and not state.blocked and not state.preparing and state.ready
     held = any(reservation.until_us > state.now_us for reservation in state.reservations.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from loong_jax import __version__, codec
@@ -18,6 +19,7 @@ from loong_jax.cost.linear import LinearCost
 from loong_jax.eventlog import EventLogError, LogFrame, read_event_log
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
+from loong_jax.types import AnyCommand
 
 
 def replay(path: Path, *, describe: bool) -> int:
@@ -42,7 +44,7 @@ def replay(path: Path, *, describe: bool) -> int:
     return 0
 
 
-def _report(index: int, frame: LogFrame, commands: list, manager: Manager) -> None:
+def _report(index: int, frame: LogFrame, commands: Sequence[AnyCommand], manager: Manager) -> None:
     print(f"event {index} at {frame.now_us} us: {_short(frame.event)}")
     print(f"commands differ; the log has digest {frame.commands_digest.hex()}, this replay issues:")
     for command in commands:
@@ -56,7 +58,7 @@ def _short(record: object) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Replay an event log and compare its commands byte for byte.")
     parser.add_argument("log", type=Path)
     parser.add_argument("--describe", action="store_true", help="print the manager's state at the end")
     args = parser.parse_args()

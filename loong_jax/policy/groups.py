@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from loong_jax.types import Phase, Program
+from loong_jax.config import ClusterConfig
+from loong_jax.types import Phase, PlannedPrepare, Program
 
 
 class Group(NamedTuple):
@@ -44,7 +45,9 @@ class ReadyGroups:
             self._groups[phase].append(Group(len(instances), instances, mask_of(instances), bucket))
         for groups in self._groups.values():
             groups.sort()
+        self._ready = ready
         self._smallest: dict[tuple[Phase, int, int], Group | None] = {}
+        self._wanted: dict[tuple[Phase, int, int, int], PlannedPrepare | None] = {}
 
     def covering(self, phase: Phase, need: int, allowed: int) -> Iterable[Group]:
         """Groups that hold all of `need` and nothing outside `allowed`, smallest first."""
@@ -64,3 +67,26 @@ class ReadyGroups:
         for group in self.covering(phase, need, allowed):
             mask |= group.mask
         return mask
+
+    def wanted(self, phase: Phase, need: int, alive: int, bucket: int, cluster: ClusterConfig) -> PlannedPrepare | None:
+        """The program that would serve `need` best, if it is not READY: on the smallest arc of neighbours that covers
+        it, or, where lost instances break every arc, on the smallest set."""
+        key = (phase, need, alive, bucket)
+        if key not in self._wanted:
+            self._wanted[key] = self._find_wanted(phase, need, alive, bucket, cluster)
+        return self._wanted[key]
+
+    def _find_wanted(
+        self, phase: Phase, need: int, alive: int, bucket: int, cluster: ClusterConfig
+    ) -> PlannedPrepare | None:
+        dops = [dop for dop in cluster.ladder.dops if need.bit_count() <= dop <= alive.bit_count()]
+        n = cluster.num_instances
+        arcs = (mask_of((first + k) % n for k in range(dop)) for dop in dops for first in range(n))
+        instances = next((members(arc) for arc in arcs if need & ~arc == 0 and arc & ~alive == 0), None)
+        if instances is None:
+            if not dops:
+                return None
+            others = members(alive & ~need)
+            instances = tuple(sorted(members(need) + others[: dops[0] - need.bit_count()]))
+        program = Program(phase, len(instances), bucket)
+        return None if (program, instances) in self._ready else PlannedPrepare(program, instances)

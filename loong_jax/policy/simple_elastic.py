@@ -11,7 +11,7 @@ and so does every request after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from loong_jax import buckets
 from loong_jax.config import ClusterConfig, LimitsConfig
@@ -151,8 +151,9 @@ class _Planner:
         mask |= group.mask
         while True:
             group.group = self.groups.smallest(Phase.DECODE, mask, self.alive)
-            if group.group is None:
-                self._want(Phase.DECODE, mask, self.cluster.ladder.decode_rows[-1])
+            if group.group is None or group.group.mask != mask:
+                bucket = buckets.decode_bucket(len(group.rows), self.cluster.ladder)
+                self._want(Phase.DECODE, mask, bucket or self.cluster.ladder.decode_rows[-1])
             group.mask = mask = mask | (group.group.mask if group.group else 0)
             others = [g for g in out if g is not group and g.mask & mask]
             if not others:
@@ -294,7 +295,7 @@ class _Planner:
         budget = chunk
         while budget:
             rows = self._rows(head, joiners, budget)
-            group, form = self._best_group(rows, need, allowed, len(candidates))
+            group, form = self._best_group(rows, need, allowed, self._waiting_tokens(candidates, rows))
             if group is not None:
                 return self._place(rows, group, form)
             if len(rows) > 1:
@@ -320,11 +321,22 @@ class _Planner:
             left -= self._units(rows[-1:])
         return rows
 
+    def _waiting_tokens(
+        self, candidates: Sequence[RequestView], rows: Sequence[tuple[RequestView, tuple[Run, ...]]]
+    ) -> int:
+        """What the other candidates could compute beside this batch, a chunk each at most."""
+        planned = {request.request for request, _ in rows}
+        return sum(
+            min(self.limits.chunk_tokens, sum(run.count for run in c.missing))
+            for c in candidates
+            if c.request not in planned
+        )
+
     def _units(self, rows: Sequence[tuple[RequestView, tuple[Run, ...]]]) -> int:
         return sum(buckets.num_units(runs, self.cluster.page_tokens) for _, runs in rows)
 
     def _best_group(
-        self, rows: Sequence[tuple[RequestView, tuple[Run, ...]]], need: int, allowed: int, num_waiting: int
+        self, rows: Sequence[tuple[RequestView, tuple[Run, ...]]], need: int, allowed: int, waiting_tokens: int
     ) -> tuple[Group | None, ContextForm]:
         """The group with the best predicted time: alone, a prompt takes the fastest; when others wait, instances are
         shared out among them. Groups whose memory holds the prompts to their end come first."""
@@ -343,7 +355,7 @@ class _Planner:
                 continue
             form, seconds = self._form(group.dop, tokens, context)
             rows_held_up = sum(self.load[i] for i in group.instances)
-            waves = max(1.0, num_waiting * group.dop / num_allowed)
+            waves = max(1.0, (1 + waiting_tokens / tokens) * group.dop / num_allowed)
             key = (free < whole, seconds * waves, rows_held_up, -free, group.instances)
             if best_key is None or key < best_key:
                 best, best_key = (group, form), key
@@ -424,25 +436,10 @@ class _Planner:
         return newest if newest.request > blocked.request or len(holders) == 1 and newest is blocked else None
 
     def _want(self, phase: Phase, need: int, bucket: int) -> None:
-        """Ask for a program on a set of instances that covers `need`: neighbours, if they are enough."""
-        for dop in self.cluster.ladder.dops:
-            if need.bit_count() <= dop <= self.alive.bit_count():
-                instances = self._neighbours(need, dop)
-                self.prepares.append(PlannedPrepare(Program(phase, dop, bucket), instances))
-                return
-
-    def _neighbours(self, need: int, dop: int) -> tuple[int, ...]:
-        num = self.cluster.num_instances
-        for first in range(num):
-            arc = mask_of((first + k) % num for k in range(dop))
-            if need & ~arc == 0 and arc & ~self.alive == 0:
-                return members(arc)
-        others = (i for i in members(self.alive & ~need))
-        return tuple(sorted([*members(need), *_first(others, dop - need.bit_count())]))
-
-
-def _first(items: Iterator[int], count: int) -> list[int]:
-    return [item for item, _ in zip(items, range(count))]  # noqa: B905
+        """Ask for a program on the smallest set of instances that covers `need`."""
+        prepare = self.groups.wanted(phase, need, self.alive, bucket, self.cluster)
+        if prepare is not None:
+            self.prepares.append(prepare)
 
 
 def _take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[Run, ...]:

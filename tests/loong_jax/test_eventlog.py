@@ -15,7 +15,7 @@ from loong_jax.cost.linear import LinearCost
 from loong_jax.eventlog import EventLogError, EventLogWriter, LogHeader, read_event_log
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
-from loong_jax.types import AnyEvent, Arrived, CostUpdated, ProgramReady, RunPrefill, StepDone
+from loong_jax.types import AnyEvent, Arrived, CostUpdated, PrefillRow, ProgramReady, RunDecode, RunPrefill, StepDone
 from tests.support.schedules import arcs
 
 ROOT = Path(__file__).parents[2]
@@ -34,16 +34,16 @@ def write_log(path: Path, tamper: int | None = None) -> list[tuple[int, AnyEvent
     pending: list[AnyEvent] = [ProgramReady(program, instances) for program, instances in arcs(CLUSTER)]
     pending += [CostUpdated({"decode_row_s": 0.5, "decode_base_s": 0.25})]
     pending += [Arrived(r, array("i", range(1, 11)).tobytes(), 3) for r in range(3)]
-    events = []
+    events: list[tuple[int, AnyEvent]] = []
     while pending:
         event = pending.pop(0)
         events.append((len(events) * 10, event))
         commands = manager.handle(event, events[-1][0])
         for command in commands:
-            if hasattr(command, "step"):
-                rows = [row for row in command.rows if not isinstance(command, RunPrefill) or row.emit]
-                pending.append(StepDone(command.step, (5,) * len(rows), (-0.5,) * len(rows)))
-        writer.write(*events[-1], commands if tamper != len(events) - 1 else commands[:-1])
+            if isinstance(command, RunPrefill | RunDecode):
+                emitting = [row for row in command.rows if not isinstance(row, PrefillRow) or row.emit]
+                pending.append(StepDone(command.step, (5,) * len(emitting), (-0.5,) * len(emitting)))
+        writer.write(events[-1][0], event, commands if tamper != len(events) - 1 else commands[:-1])
     writer.close()
     assert not manager.state.requests
     return events
