@@ -43,8 +43,8 @@ class CoreState:
         self.queued = [0] * cluster.num_instances
         self.prefilling = [0] * cluster.num_instances
         self.alive = [True] * cluster.num_instances
-        # Instances that get no step until those in flight came back; True: then their pool is made anew.
-        self.blocked: dict[int, bool] = {}
+        # Instances that lost their pool: no step until those in flight came back and a Reset made a new one.
+        self.blocked: set[int] = set()
         self.ready: frozenset[tuple[Program, tuple[int, ...]]] = frozenset()
         self.preparing: set[tuple[Program, tuple[int, ...]]] = set()
         self.reservations: dict[int, Reservation] = {}

@@ -201,7 +201,7 @@ class Manager:
     def _on_step_failed(self, event: StepFailed) -> None:
         step = self.state.close_step(event.step)
         lost = set(event.instances) | set(step.instances if step else ())
-        self._block(lost, event.step)
+        self.state.blocked |= lost
         self._lose_kv(lost)
         if step is not None:
             self._settle(step)
@@ -211,7 +211,7 @@ class Manager:
         if not state.alive[event.instance]:
             return
         state.alive[event.instance] = False
-        self._block({event.instance}, -1)
+        state.blocked.add(event.instance)
         self._lose_kv({event.instance})
         for request in list(state.requests.values()):
             if request.end - 1 > state.capacity_tokens:
@@ -220,9 +220,7 @@ class Manager:
 
     def _on_instance_joined(self, event: InstanceJoined) -> None:
         state = self.state
-        if not state.alive[event.instance]:
-            state.alive[event.instance] = True
-            state.blocked[event.instance] = True
+        state.alive[event.instance] = True  # blocked since it was lost: it is reset before it gets a step
 
     def _on_aborted(self, event: Aborted) -> None:
         request = self.state.requests.get(event.request)
@@ -289,27 +287,14 @@ class Manager:
             self._out.append(Free(request.id, held))
         state.remove(request)
 
-    def _block(self, lost: set[int], failed_step: int) -> None:
-        """Every step in flight that was queued after the failed one on a lost instance will fail too, and take
-        along the pools of its group. All of these get no step until the last one is reported."""
-        state = self.state
-        doomed = set(lost)
-        for step in sorted(state.steps):
-            instances = state.steps[step].instances
-            if step > failed_step and not doomed.isdisjoint(instances):
-                doomed.update(instances)
-        for instance in sorted(doomed):
-            state.blocked[instance] = state.blocked.get(instance, False) or instance in lost
-
     def _unblock(self) -> None:
-        """Instances that have no step in flight any more are fit for use, after a Reset if their pool was lost."""
+        """Instances whose pool was lost get a new one when their last step in flight came back: until then the executor
+        fails whatever is queued there."""
         state = self.state
-        drained = [i for i in sorted(state.blocked) if state.queued[i] == 0 and state.alive[i]]
-        reset = tuple(i for i in drained if state.blocked[i])
-        for instance in drained:
-            del state.blocked[instance]
-        if reset:
-            self._out.append(Reset(reset))
+        drained = tuple(i for i in sorted(state.blocked) if state.queued[i] == 0 and state.alive[i])
+        if drained:
+            state.blocked.difference_update(drained)
+            self._out.append(Reset(drained))
 
     def _lose_kv(self, instances: Iterable[int]) -> None:
         state = self.state

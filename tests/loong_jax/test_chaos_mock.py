@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import queue
 import random
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import msgspec
 import pytest
 
+from loong_jax import issue
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
+from loong_jax.core_state import CoreState
 from loong_jax.cost.linear import LinearCost
+from loong_jax.ledger import ForkedPages, Ledger
 from loong_jax.manager import Manager, Policy
 from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.request_state import RequestState
+from loong_jax.types import Emit, PageMove, PrefillRow, Rehome, RequestView, Reset, Run
 from tests.support.chaos_policy import ChaosPolicy
 from tests.support.mock_executor import MockExecutor, oracle
 from tests.support.schedules import Controls, Schedule, ScheduleConfig, ScheduleRun, check_outcome, replay
@@ -77,6 +86,141 @@ def test_chaos(first: int) -> None:
 def test_simple_elastic_under_faults(first: int) -> None:
     for seed in range(first, first + 20):
         run_schedule(10_000_000 + seed, chaos=False)
+
+
+def _extend_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next token joins a page whoever else owns it, and a fork shares the open page."""
+    monkeypatch.setattr(Ledger, "fork", _fork_everything)
+    monkeypatch.setattr(_Owned, "__eq__", lambda self, other: True)
+
+
+class _Owned(int):
+    """An owner count; the mutation makes every count look like one."""
+
+
+def _fork_everything(self: Ledger, parent: int, child: int, kv_len: int, copy_on: frozenset[int]) -> ForkedPages:
+    shared = []
+    for instance in self.table.instances(parent):
+        for entry in self.table.pages(parent, instance):
+            run = Run(entry.first, min(entry.end, kv_len) - entry.first)
+            if run.count > 0:
+                shared.append((instance, entry.page, run))
+                self._owners[instance][entry.page] = _Owned(self._owners[instance][entry.page] + 1)
+                self._entries[instance] += 1
+                self._count(child, instance, run.count)
+    self.table.share(parent, child, shared)
+    return ForkedPages(tuple(shared), None)
+
+
+def _release_before_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved pages are free before the step's own pages are taken."""
+
+    def moves_first(state: CoreState, rehomes: tuple[Rehome, ...]) -> tuple[PageMove, ...]:
+        moves = rehome_moves(state, rehomes)
+        for move in moves:
+            state.ledger._free[move.src].append(move.src_page)
+        return moves
+
+    def move(self: Ledger, move: PageMove) -> None:
+        if move.src_page in self._free[move.src]:
+            self._free[move.src].remove(move.src_page)
+        ledger_move(self, move)
+
+    rehome_moves, ledger_move = issue._rehome_moves, Ledger.move
+    monkeypatch.setattr(issue, "_rehome_moves", moves_first)
+    monkeypatch.setattr(Ledger, "move", move)
+
+
+def _reset_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost pool is made anew while steps are still queued on it."""
+
+    def unblock(self: Manager) -> None:
+        blocked = tuple(i for i in sorted(self.state.blocked) if self.state.alive[i])
+        self.state.blocked.difference_update(blocked)
+        self._out.append(Reset(blocked))
+
+    monkeypatch.setattr(Manager, "_unblock", unblock)
+
+
+def _keep_lost_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Manager, "_lose_kv", lambda self, instances: None)
+
+
+def _forget_the_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Manager, "_settle", lambda self, step: None)
+
+
+def _any_device_has_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`device_group` names every instance."""
+
+    def view(self: RequestState, ledger: Ledger) -> RequestView:
+        self.device_group = tuple(range(8)) if self.issued > self.known else ()
+        return request_view(self, ledger)
+
+    request_view = RequestState.view
+    monkeypatch.setattr(RequestState, "view", view)
+
+
+def _emit_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def append(self: Manager, request: RequestState, token: int, logprob: float, dop: int) -> None:
+        manager_append(self, request, token, logprob, dop)
+        if token % 7 == 0:
+            self._out.append(Emit(request.id, request.num_generated - 1, (token,), (logprob,), dop))
+
+    manager_append = Manager._append
+    monkeypatch.setattr(Manager, "_append", append)
+
+
+def _leak_on_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(self: Ledger, request: int, instances: Iterable[int]) -> None:
+        ledger_free(self, request, list(instances)[:1])
+
+    ledger_free = Ledger.free
+    monkeypatch.setattr(Ledger, "free", free)
+
+
+def _shift_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor is told the tokens of the next position."""
+
+    def tobytes(self: array[int]) -> bytes:
+        return array("i", [*self[1:], 0]).tobytes() if len(self) > 3 else self.tobytes()
+
+    def prefill_row(state: CoreState, request: RequestState, *rest: Any) -> PrefillRow:
+        row = issue_row(state, request, *rest)
+        tokens = array("i")
+        tokens.frombytes(row.tokens)
+        return msgspec.structs.replace(row, tokens=tobytes(tokens))
+
+    issue_row = issue._prefill_row
+    monkeypatch.setattr(issue, "_prefill_row", prefill_row)
+
+
+MUTATIONS = (
+    _extend_shared,
+    _release_before_reserve,
+    _reset_at_once,
+    _keep_lost_kv,
+    _forget_the_rollback,
+    _any_device_has_the_token,
+    _emit_twice,
+    _leak_on_abort,
+    _shift_a_unit,
+)
+
+
+def run_schedules(count: int) -> None:
+    for seed in range(count):
+        run_schedule(seed, chaos=True)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__[1:])
+def test_a_broken_core_is_caught(
+    mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedules have the power to see each of these faults."""
+    mutation(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, KeyError, ValueError)):
+        run_schedules(300)
 
 
 @pytest.mark.slow
