@@ -17,11 +17,12 @@ import pickle
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import jax
 
-from loong_jax.retarget import Serialized
+from loong_jax.retarget import Device, Serialized
 
 log = logging.getLogger(__name__)
 
@@ -150,12 +151,12 @@ def _foreign(path: Path) -> bool:
     return hasattr(os, "getuid") and path.stat().st_uid != os.getuid()
 
 
-def environment(device: jax.Device) -> dict[str, str | int]:
+def environment(device: Device) -> dict[str, str | int]:
     """What an executable depends on besides the program: versions, hardware, and JAX's own options. XLA_FLAGS and the
     like are the caller's to add (its `fingerprint`): nothing below the command line reads the environment."""
     return {
         "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
+        "jaxlib": metadata.version("jaxlib"),
         "platform": device.platform,
         "platform_version": device.client.platform_version,
         "device_kind": device.device_kind,

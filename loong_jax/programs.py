@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from loong_jax import retarget
 from loong_jax.program_store import ProgramStore, environment
-from loong_jax.retarget import RetargetError, Serialized
+from loong_jax.retarget import Device, RetargetError, Serialized
 from loong_jax.types import Program, ProgramReady
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class _Maker:
             self._keep(program, key, compiled, devices)
         return compiled, Origin.COMPILE
 
-    def _retarget(self, program: Program, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+    def _retarget(self, program: Program, devices: Sequence[Device]) -> jax.stages.Compiled | None:
         serialized = self._serialized.get(program)
         if serialized is None:
             return None
@@ -266,9 +266,8 @@ class _Maker:
             del self._serialized[program]
             return None
 
-    def _load(self, program: Program, key: dict[str, Any], devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
-        serialized = self._store.get(key) if self._store is not None else None
-        if serialized is None:
+    def _load(self, program: Program, key: dict[str, Any], devices: Sequence[Device]) -> jax.stages.Compiled | None:
+        if self._store is None or (serialized := self._store.get(key)) is None:
             return None
         try:
             compiled = retarget.load(serialized, devices)
@@ -280,7 +279,7 @@ class _Maker:
         return compiled
 
     def _keep(
-        self, program: Program, key: dict[str, Any], compiled: jax.stages.Compiled, devices: Sequence[jax.Device]
+        self, program: Program, key: dict[str, Any], compiled: jax.stages.Compiled, devices: Sequence[Device]
     ) -> None:
         try:
             serialized = retarget.serialize(compiled, devices)
@@ -303,7 +302,7 @@ class _Maker:
         with jax.set_mesh(mesh):
             return lowered.compile()
 
-    def _is_movable(self, device: jax.Device) -> bool:
+    def _is_movable(self, device: Device) -> bool:
         with self._verify_lock:
             if self._may_retarget is None:
                 self._environment = environment(device)
@@ -357,14 +356,14 @@ class _CompileWatch:
             self.num_stray += 1
 
 
-def _heard(event: str, action: Callable[[], Any]) -> tuple[Any, bool]:
-    """The result of `action`, and whether JAX recorded `event` in this thread meanwhile."""
+def _heard(wanted: str, action: Callable[[], Any]) -> tuple[Any, bool]:
+    """The result of `action`, and whether JAX recorded the event `wanted` in this thread meanwhile."""
     here = threading.get_ident()
     heard = []
 
-    def listen(name: str, **_: Any) -> None:
-        if name == event and threading.get_ident() == here:
-            heard.append(name)
+    def listen(event: str, **_: Any) -> None:
+        if event == wanted and threading.get_ident() == here:
+            heard.append(event)
 
     monitoring.register_event_listener(listen)
     try:

@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
+# jaxlib has no stubs: to a type checker jax.Device and jax.tree_util.PyTreeDef are variables.
+Device = Any
+TreeDef = Any
+
 
 class RetargetError(RuntimeError):
     """An executable could not be serialized, or not be loaded. The caller compiles instead."""
 
 
 class Serialized(NamedTuple):
-    """An executable as bytes. `in_tree` / `out_tree`: jax PyTreeDefs of ((arguments), {}) and of the result.
+    """An executable as bytes. `in_tree` / `out_tree`: JAX tree definitions of ((arguments), {}) and of the result.
     `device_ids`: the devices it was compiled for, in mesh order."""
 
     payload: bytes
-    in_tree: jax.tree_util.PyTreeDef
-    out_tree: jax.tree_util.PyTreeDef
+    in_tree: TreeDef
+    out_tree: TreeDef
     device_ids: tuple[int, ...]
 
 
-def serialize(compiled: jax.stages.Compiled, devices: Sequence[jax.Device]) -> Serialized:
+def serialize(compiled: jax.stages.Compiled, devices: Sequence[Device]) -> Serialized:
     """`devices`: those of the mesh it was compiled for, in order. Raises RetargetError."""
     try:
         payload, in_tree, out_tree = serialize_executable.serialize(compiled)
@@ -45,7 +49,7 @@ def serialize(compiled: jax.stages.Compiled, devices: Sequence[jax.Device]) -> S
     return Serialized(payload, in_tree, out_tree, tuple(d.id for d in devices))
 
 
-def load(serialized: Serialized, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+def load(serialized: Serialized, devices: Sequence[Device]) -> jax.stages.Compiled:
     """The executable on `devices` (in mesh order; as many as it was compiled for). Only public API where the devices
     are the ones it was compiled for. Raises RetargetError."""
     if len(devices) != len(serialized.device_ids):
@@ -64,7 +68,7 @@ def load(serialized: Serialized, devices: Sequence[jax.Device]) -> jax.stages.Co
         raise RetargetError(f"cannot load: {type(error).__name__}: {error}") from error
 
 
-def _load_elsewhere(serialized: Serialized, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+def _load_elsewhere(serialized: Serialized, devices: Sequence[Device]) -> jax.stages.Compiled:
     # Two things tie the bytes to devices: ids in the pickled shardings, mapped by `devices_by_id`, and the device
     # assignment inside the executable, which compile options passed to the deserializer override.
     from jax._src import compiler
@@ -110,7 +114,7 @@ def uncached() -> Iterator[None]:
         yield
 
 
-def verify(devices: Sequence[jax.Device]) -> bool:
+def verify(devices: Sequence[Device]) -> bool:
     """Whether an executable may be retargeted on this platform with this JAX: a tiny program with the collectives of a
     step and a donated argument is compiled for half of `devices`, retargeted to every second one, and must give the
     same result, on the right devices, in place, as a direct compile there. Takes two tiny compiles; never raises."""
@@ -147,11 +151,11 @@ def _probe(pool, x):
     return pool, (gathered.sum(0) + exchanged.sum(0) + total[0] + ring.sum((0, 1)) * 0.5)[None]
 
 
-def _probe_mesh(devices: Sequence[jax.Device]) -> Mesh:
+def _probe_mesh(devices: Sequence[Device]) -> Mesh:
     return Mesh(np.array(devices).reshape(len(devices), 1), ("sp", "tp"))
 
 
-def _compile_probe(devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+def _compile_probe(devices: Sequence[Device]) -> jax.stages.Compiled:
     mesh, spec = _probe_mesh(devices), PartitionSpec("sp")
     sharding = NamedSharding(mesh, spec)
     function = jax.shard_map(_probe, in_specs=(spec, spec), out_specs=(spec, spec), check_vma=False)
@@ -167,7 +171,7 @@ class _ProbeRun(NamedTuple):
     in_place: bool
 
 
-def _run_probe(compiled: jax.stages.Compiled, devices: Sequence[jax.Device]) -> _ProbeRun:
+def _run_probe(compiled: jax.stages.Compiled, devices: Sequence[Device]) -> _ProbeRun:
     sharding = NamedSharding(_probe_mesh(devices), PartitionSpec("sp"))
     size = len(devices) * _PROBE_DIM
     x = jax.device_put(np.arange(size, dtype=np.float32).reshape(len(devices), _PROBE_DIM) / size, sharding)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loong_jax.programs import StepFunction
+from loong_jax.retarget import Device
 from loong_jax.types import Phase, Program
 
 LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 4, 256, 8, 4, 32, 688, 1024
@@ -25,7 +26,7 @@ META = 2 + CONTEXT  # of a token: id, slot, context slots
 class SmallLlama(NamedTuple):
     """What `Programs` needs of an engine."""
 
-    devices: Sequence[jax.Device]  # one an instance
+    devices: Sequence[Device]  # one an instance
 
     def mesh_of(self, instances: tuple[int, ...]) -> Mesh:
         return Mesh(np.array([self.devices[i] for i in instances]).reshape(-1, 1), ("sp", "tp"))
