@@ -137,15 +137,14 @@ class Executor:
 
     def _call(self, program: Program, instances: Group, staged: Staged) -> jax.Array:
         compiled = self._programs.get(program, instances) or self._programs.compile(program, instances)
-        packed = self._devices.place(instances, staged.packed)
+        packed = self._devices.argument(instances, staged.packed)
         state = self.states.take(instances)
         match program.phase:
             case Phase.PREFILL:
-                moves = (
-                    self._no_moves_of(instances)
-                    if staged.moves is None
-                    else self._devices.place(instances, staged.moves)
-                )
+                if staged.moves is None:
+                    moves = self._no_moves_of(instances)
+                else:
+                    moves = self._devices.argument(instances, staged.moves)
                 state, sampled = compiled(self._weights.view(instances), state, packed, moves)
             case Phase.DECODE:
                 state, sampled = compiled(self._weights.view(instances), state, packed)
@@ -157,7 +156,7 @@ class Executor:
     def _no_moves_of(self, instances: Group) -> jax.Array:
         if instances not in self._no_moves:
             none = np.full((len(instances), self._cluster.table_entries), NOWHERE, np.int32)
-            self._no_moves[instances] = self._devices.place(instances, none)
+            self._no_moves[instances] = self._devices.resident(instances, none)
         return self._no_moves[instances]
 
     def _read_outputs(self) -> None:

@@ -60,6 +60,11 @@ class InstanceTable:
         region = self._regions.get(request)
         return (region.start, region.length) if region is not None else (0, 0)
 
+    def ranges(self, requests: list[int]) -> list[tuple[int, int]]:
+        """`range` of each request."""
+        regions = self._regions
+        return [(r.start, r.length) if (r := regions.get(request)) is not None else (0, 0) for request in requests]
+
     def entry(self, request: int, page: int) -> int:
         region = self._regions[request]
         return region.start + region.index[page]

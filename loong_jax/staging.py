@@ -7,14 +7,26 @@ field names are those of `esp/layout.py`. What it is not: the page tables (`page
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from loong_jax.buckets import units
-from loong_jax.esp.layout import NOWHERE, StepShape, decode_layout, prefill_layout, transfer_layout
+from loong_jax.esp.layout import (
+    NOWHERE,
+    OWN_FIELDS,
+    SAMPLING_FIELDS,
+    StepShape,
+    decode_layout,
+    prefill_layout,
+    transfer_layout,
+)
 from loong_jax.page_table import PageTables
 from loong_jax.types import ContextForm, CopyPages, Migrate, RunDecode, RunPrefill, Sampling
+
+
+_NO_ROW = tuple(NOWHERE if name == "position" else 0 for name in OWN_FIELDS)
 
 
 class Staged(NamedTuple):
@@ -27,15 +39,12 @@ class Staged(NamedTuple):
     moves: np.ndarray | None = None
 
 
-def _as_bits(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
-
-
-def _write_sampling(fields: dict[str, np.ndarray], at: tuple[int | slice, int], sampling: Sampling) -> None:
-    fields["temperature"][at] = _as_bits(sampling.temperature)
-    fields["top_p"][at] = _as_bits(sampling.top_p)
-    fields["top_k"][at] = sampling.top_k
-    fields["seed"][at] = np.uint32(sampling.seed & 0xFFFFFFFF).view(np.int32)
+@lru_cache(maxsize=4096)
+def _sampling_fields(sampling: Sampling) -> tuple[int, int, int, int]:
+    """Temperature and top_p as bits, top_k, seed: the order of the fields of a layout."""
+    bits = lambda value: int(np.float32(value).view(np.int32))
+    seed = int(np.uint32(sampling.seed & 0xFFFFFFFF).view(np.int32))
+    return bits(sampling.temperature), bits(sampling.top_p), sampling.top_k, seed
 
 
 class _Stripes(NamedTuple):
@@ -116,42 +125,47 @@ def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> 
         fields["emit_index"][rank[last], i] = place[last] * shape.page_tokens + stripes.count[last] - 1
         fields["emit_slot"][:, i] = row.slot
         fields["emit_position"][:, i] = row.runs[-1].end
-        _write_sampling(fields, (slice(None), i), row.sampling)
+        for name, value in zip(SAMPLING_FIELDS, _sampling_fields(row.sampling), strict=True):
+            fields[name][:, i] = value
     fields["num_emits"][:] = len(emits)
     return Staged(packed, fields["deltas"], np.array(emits, np.int32), _moves(command, tables, shape.num_pages))
 
 
 def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> Staged:
-    """The step's data; `tables` must already know the rows' new pages."""
+    """The step's data; `tables` must already know the rows' new pages. Runs once a token: rows are collected in lists
+    and written in blocks, because each write into an array costs as much as a whole block."""
     layout = decode_layout(shape)
     packed = np.zeros((shape.dop, layout.size), np.int32)
     fields = layout.views(packed)
-    fields["slot"][:] = shape.num_slots
-    fields["position"][:] = NOWHERE
-    fields["write_page"][:] = shape.num_pages
-    fields["all_slot"][:] = shape.num_slots
-    fields["all_position"][:] = NOWHERE
+    fields["own"][:] = _NO_ROW
+    fields["own"][..., OWN_FIELDS.index("slot")] = shape.num_slots
+    fields["own"][..., OWN_FIELDS.index("write_page")] = shape.num_pages
+    fields["every"][:] = shape.num_slots, NOWHERE
 
+    rank_of = {instance: rank for rank, instance in enumerate(command.instances)}
     num_mastered = [0] * shape.dop
-    rank_of = {instance: r for r, instance in enumerate(command.instances)}
-    members = [tables.tables[instance] for instance in command.instances]
-    where = np.empty(len(command.rows), np.int32)
-    for i, row in enumerate(command.rows):
+    where, own = [], []
+    for row in command.rows:
         rank = rank_of[row.master]
-        at = rank, num_mastered[rank]
+        where.append(rank * shape.bucket + num_mastered[rank])
         num_mastered[rank] += 1
-        where[i] = every = rank * shape.bucket + at[1]
-        fields["token"][at] = row.token
-        fields["slot"][at] = row.slot
-        fields["position"][at] = row.position
-        fields["write_page"][at] = row.page
-        fields["write_slot"][at] = row.run.count - 1
-        _write_sampling(fields, at, row.sampling)
-        fields["all_slot"][:, every] = row.slot
-        fields["all_position"][:, every] = row.position
-        for r, table in enumerate(members):
-            fields["row_start"][r, every], fields["row_len"][r, every] = table.range(row.request)
-    return Staged(packed, fields["deltas"], where)
+        own.append(
+            (
+                row.token,
+                row.slot,
+                row.position,
+                row.page,
+                row.run.count - 1,
+                *_sampling_fields(row.sampling),
+            )
+        )
+    at = np.array(where)
+    own = np.array(own, np.int32)
+    fields["own"][at // shape.bucket, at % shape.bucket] = own
+    fields["every"][:, at] = own[:, 1:3]  # slot, position
+    requests = [row.request for row in command.rows]
+    fields["ranges"][:, at] = [tables.tables[instance].ranges(requests) for instance in command.instances]
+    return Staged(packed, fields["deltas"], at)
 
 
 def stage_transfer(command: Migrate | CopyPages, shape: StepShape) -> Staged:

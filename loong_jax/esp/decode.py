@@ -9,27 +9,40 @@ The input token of a row is data, or the newest token the device sampled for it:
 host. What it is not: batching or the choice of masters (`policy/`).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from loong_jax.config import ModelConfig
-from loong_jax.esp.layout import StepShape, bits_to_float, decode_layout, float_to_bits
+from loong_jax.esp.layout import OWN_FIELDS, StepShape, bits_to_float, decode_layout, float_to_bits
 from loong_jax.esp.prefill import exchange
 from loong_jax.kv_pool import InstanceState, apply_deltas
-from loong_jax.model.llama import decode_stack, logits
+from loong_jax.model.llama import Attend, decode_stack, logits
 from loong_jax.model.sampling import sample
 from pallas_kernels.paged_partial import paged_partial
 from pallas_kernels.partial import Partial, merge, merge_many
 from pallas_kernels.storage import write_slots
 
 
-def decode_attention(fields: dict[str, jax.Array], table: jax.Array, model: ModelConfig, shape: StepShape):
+class Rows(NamedTuple):
+    """The rows of the group, in rank order: position of each, and its page-table entries on this instance."""
+
+    position: Int[Array, " row"]
+    start: Int[Array, " row"]
+    length: Int[Array, " row"]
+
+
+def decode_attention(
+    own: dict[str, jax.Array], every: Rows, table: jax.Array, model: ModelConfig, shape: StepShape
+) -> Attend:
     """The model's attention argument for a decode step; the carry is the pool."""
     rows, dop = shape.bucket, shape.dop
     scale = model.head_dim**-0.5
     first_own = lax.axis_index("sp") * rows
-    start, length = fields["row_start"], fields["row_len"]
+    start, length = every.start, every.length
     own_start = lax.dynamic_slice_in_dim(start, first_own, rows)
     own_length = lax.dynamic_slice_in_dim(length, first_own, rows)
     # own rows are attended from the local queries, so they are empty among the gathered ones
@@ -42,11 +55,11 @@ def decode_attention(fields: dict[str, jax.Array], table: jax.Array, model: Mode
         return Partial(part.out[:, 0], part.lse[:, 0])
 
     def attend(kv_pages, layer, q, k, v):
-        kv_pages = write_slots(kv_pages, layer, fields["write_page"], fields["write_slot"], k, v)
-        partial = partial_of(q, fields["position"], kv_pages, layer, own_start, own_length)
+        kv_pages = write_slots(kv_pages, layer, own["write_page"], own["write_slot"], k, v)
+        partial = partial_of(q, own["position"], kv_pages, layer, own_start, own_length)
         if dop > 1:
             gathered = lax.all_gather(q, "sp", tiled=True)
-            others = partial_of(gathered, fields["all_position"], kv_pages, layer, start, others_length)
+            others = partial_of(gathered, every.position, kv_pages, layer, start, others_length)
             partial = merge(partial, merge_many(exchange(others, dop)))
         return partial.out.astype(q.dtype), kv_pages
 
@@ -57,22 +70,24 @@ def decode_step(params, state: InstanceState, packed: jax.Array, *, model: Model
     """One token for each row. Local arguments of one device, as in `prefill_step`. Returns the state and
     `[dop * rows, 2]` of (token, log-probability bits) in rank order, the same on every rank."""
     fields = decode_layout(shape).unpack(packed)
+    own = dict(zip(OWN_FIELDS, fields["own"].T, strict=True))
+    every = Rows(fields["every"][:, 1], fields["ranges"][:, 0], fields["ranges"][:, 1])
     table = apply_deltas(state.table, fields["deltas"])
-    held = state.tokens.at[fields["slot"]].get(mode="fill", fill_value=0)
-    token = jnp.where(fields["token"] >= 0, fields["token"], held)
-    position = jnp.maximum(fields["position"], 0)
-    attend = decode_attention(fields, table, model, shape)
+    held = state.tokens.at[own["slot"]].get(mode="fill", fill_value=0)
+    token = jnp.where(own["token"] >= 0, own["token"], held)
+    position = jnp.maximum(own["position"], 0)
+    attend = decode_attention(own, every, table, model, shape)
     hidden, kv = decode_stack(params, model, token, position, attend, state.kv, tp_axis="tp")
     token, logprob = sample(
         logits(params, model, hidden, tp_axis="tp"),
-        bits_to_float(fields["temperature"]),
-        fields["top_k"],
-        bits_to_float(fields["top_p"]),
-        fields["seed"].astype(jnp.uint32),
+        bits_to_float(own["temperature"]),
+        own["top_k"],
+        bits_to_float(own["top_p"]),
+        own["seed"].astype(jnp.uint32),
         position + 1,
     )
     sampled = jnp.stack([token, float_to_bits(logprob)], axis=1)
     if shape.dop > 1:
         sampled = lax.all_gather(sampled, "sp", tiled=True)
-    tokens = state.tokens.at[fields["all_slot"]].set(sampled[:, 0], mode="drop")
+    tokens = state.tokens.at[fields["every"][:, 0]].set(sampled[:, 0], mode="drop")
     return InstanceState(kv, table, tokens), sampled

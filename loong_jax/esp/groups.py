@@ -6,7 +6,6 @@ An array of a group is assembled from its members' single-device buffers and tak
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +18,9 @@ from loong_jax.config import ConfigError
 class Devices:
     """The devices of every instance: `by_instance[i]` are its `tp` devices, in tp order.
 
-    Instances take consecutive devices in (process, local index) order: ids are not consecutive across processes."""
+    Instances take consecutive devices in (process, local index) order: ids are not consecutive across processes.
+    `mesh(instances)` and `sharding(instances, spec)` are made once; `is_local` and `all_local` tell whether this
+    process holds some, or all, devices of a group."""
 
     def __init__(self, devices: Sequence[jax.Device], num_instances: int, tp: int):
         if len(devices) < num_instances * tp:
@@ -33,6 +34,8 @@ class Devices:
         self.process_index = jax.process_index()
         self.mesh = cache(self._mesh)
         self.sharding = cache(self._sharding)
+        self.all_local = cache(self._all_local)
+        self.is_local = cache(self._is_local)
 
     def _mesh(self, instances: tuple[int, ...]) -> Mesh:
         return Mesh(np.array([self.by_instance[i] for i in instances]), ("sp", "tp"))
@@ -40,11 +43,10 @@ class Devices:
     def _sharding(self, instances: tuple[int, ...], spec: P) -> NamedSharding:
         return NamedSharding(self.mesh(instances), spec)
 
-    def is_local(self, instances: tuple[int, ...]) -> bool:
-        """Does this process hold a device of the group?"""
+    def _is_local(self, instances: tuple[int, ...]) -> bool:
         return any(d.process_index == self.process_index for i in instances for d in self.by_instance[i])
 
-    def all_local(self, instances: tuple[int, ...]) -> bool:
+    def _all_local(self, instances: tuple[int, ...]) -> bool:
         return all(d.process_index == self.process_index for i in instances for d in self.by_instance[i])
 
     def assemble(
@@ -53,9 +55,12 @@ class Devices:
         """One array of the group over single-device shards (in any order), without a copy."""
         return jax.make_array_from_single_device_arrays(shape, self.sharding(instances, spec), shards)
 
-    def place(self, instances: tuple[int, ...], packed: np.ndarray) -> Any:
-        """A `[dop, ...]` host array as a step's argument, row r on instance r of the group."""
+    def argument(self, instances: tuple[int, ...], packed: np.ndarray) -> np.ndarray | jax.Array:
+        """A `[dop, ...]` host array as a step's argument, row r on instance r of the group. It must not be written
+        afterwards: the call itself moves it, at half the host time of a device_put."""
+        return packed if self.all_local(instances) else self.resident(instances, packed)
+
+    def resident(self, instances: tuple[int, ...], packed: np.ndarray) -> jax.Array:
+        """The same, put on the devices now, to be used by many steps."""
         sharding = self.sharding(instances, P("sp"))
-        if self.all_local(instances):
-            return jax.device_put(packed, sharding)
         return jax.make_array_from_callback(packed.shape, sharding, lambda index: packed[index])

@@ -81,7 +81,7 @@ def step_shape(program: Program, cluster: ClusterConfig, platform: str) -> StepS
     )
 
 
-_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed")
 UNIT_ROW, UNIT_FIRST, UNIT_COUNT, UNIT_HOME = range(4)
 NOWHERE = -1
 
@@ -99,7 +99,7 @@ def prefill_layout(shape: StepShape) -> Layout:
             ("emit_index", rows),
             ("emit_slot", rows),
             ("emit_position", rows),
-            *((name, rows) for name in _SAMPLING),
+            *((name, rows) for name in SAMPLING_FIELDS),
             ("num_ring_tiles", ()),
             ("num_query_tiles", ()),
             ("num_emits", ()),
@@ -108,22 +108,18 @@ def prefill_layout(shape: StepShape) -> Layout:
     )
 
 
+OWN_FIELDS = ("token", "slot", "position", "write_page", "write_slot", *SAMPLING_FIELDS)
+
+
 def decode_layout(shape: StepShape) -> Layout:
-    """`own` fields: the rows this instance masters; `all_*`: every row of the group, in rank order, with the entries
-    of this instance. `token` is -1 where the device has it."""
-    own, every = (shape.bucket,), (shape.dop * shape.bucket,)
+    """`own`: the rows this instance masters, columns as in OWN_FIELDS (a token of -1: the device has it); `every`:
+    (slot, position) of every row of the group, in rank order; `ranges`: (start, length) of its entries here."""
+    num_rows = shape.dop * shape.bucket
     return Layout(
         (
-            ("token", own),
-            ("slot", own),
-            ("position", own),
-            ("write_page", own),
-            ("write_slot", own),
-            *((name, own) for name in _SAMPLING),
-            ("all_slot", every),
-            ("all_position", every),
-            ("row_start", every),
-            ("row_len", every),
+            ("own", (shape.bucket, len(OWN_FIELDS))),
+            ("every", (num_rows, 2)),
+            ("ranges", (num_rows, 2)),
             ("deltas", (shape.num_deltas, 4)),
         )
     )

@@ -31,7 +31,7 @@ from loong_jax.esp.layout import (
     prefill_layout,
 )
 from loong_jax.kv_pool import InstanceState, apply_deltas
-from loong_jax.model.llama import decode_stack, logits
+from loong_jax.model.llama import Attend, decode_stack, logits
 from loong_jax.model.sampling import sample
 from pallas_kernels.flash_partial import flash_partial
 from pallas_kernels.paged_partial import paged_partial
@@ -176,7 +176,7 @@ def exchange(partial: Partial, dop: int) -> Partial:
     return Partial(packed[:, :split].reshape(dop, tok, heads, dim), packed[:, split:].reshape(dop, tok, heads))
 
 
-def prefill_attention(fields: dict[str, jax.Array], context: Context, model: ModelConfig, shape: StepShape):
+def prefill_attention(fields: dict[str, jax.Array], context: Context, model: ModelConfig, shape: StepShape) -> Attend:
     """The model's attention argument for a prefill step; the carry is the pool."""
     units = fields["units"]
     mask = token_mask(units, shape.page_tokens)
