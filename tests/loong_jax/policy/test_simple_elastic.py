@@ -1,0 +1,256 @@
+"""The first policy: whatever the pool can hold is served, and scaling does what it is meant to do."""
+
+from __future__ import annotations
+
+import queue
+import random
+import time
+from array import array
+from collections.abc import Sequence
+
+import pytest
+
+from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
+from loong_jax.cost.linear import LinearCost
+from loong_jax.manager import Manager
+from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.types import (
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    Emit,
+    Finish,
+    Free,
+    Migrate,
+    Phase,
+    PrefillRow,
+    Prepare,
+    Program,
+    ProgramReady,
+    Reject,
+    RunDecode,
+    RunPrefill,
+    Sampling,
+    StepDone,
+)
+from tests.support.mock_executor import MockExecutor, oracle
+from tests.support.schedules import arcs
+
+
+def make_cluster(num_instances: int, page_tokens: int = 4, pages: int = 16) -> ClusterConfig:
+    dops = tuple(sorted({d for d in (1, 2, 3, 4, 8) if d <= num_instances} | {num_instances}))
+    ladder = LadderConfig(dops=dops, prefill_tokens=(4 * page_tokens, 16 * page_tokens), decode_rows=(1, 4))
+    return ClusterConfig(
+        num_instances=num_instances, page_tokens=page_tokens, pages_per_instance=pages, ring_tokens=16 * page_tokens,
+        query_tile_tokens=16 * page_tokens, slots=64, ladder=ladder,
+    )  # fmt: skip
+
+
+class Served:
+    """A manager with the policy and the mock executor, run until every request ended with the oracle's tokens."""
+
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        limits: LimitsConfig = LimitsConfig(),  # noqa: B008 (frozen)
+        ready: Sequence[tuple[Program, tuple[int, ...]]] | None = None,
+        cost: LinearCost | None = None,
+    ) -> None:
+        self.inbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
+        self.rng = random.Random(0)
+        self.executor = MockExecutor(cluster, self.inbox.put, self.rng)
+        self.manager = Manager(cluster, limits, SimpleElastic(cluster, limits), cost or LinearCost())
+        self.commands: list[AnyCommand] = []
+        self.prompts: dict[int, tuple[array[int], int]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, Finish | Reject] = {}
+        self.now_us = 0
+        for program, instances in arcs(cluster) if ready is None else ready:
+            self.handle(ProgramReady(program, instances))
+
+    def handle(self, event: AnyEvent) -> None:
+        self.now_us += 10
+        for command in self.manager.handle(event, self.now_us):
+            self.commands.append(command)
+            if isinstance(command, Emit):
+                self.tokens[command.request] += command.tokens
+            elif isinstance(command, Finish | Reject):
+                self.ends[command.request] = command
+            else:
+                self.executor.submit(command)
+
+    def arrive(self, prompt_len: int, max_tokens: int) -> int:
+        request = len(self.prompts)
+        prompt = array("i", [self.rng.randrange(97) for _ in range(prompt_len)])
+        self.prompts[request], self.tokens[request] = (prompt, max_tokens), []
+        self.handle(Arrived(request, prompt.tobytes(), max_tokens, Sampling(seed=request)))
+        return request
+
+    def step(self) -> None:
+        if self.inbox.empty():
+            self.executor.advance()
+        while not self.inbox.empty():
+            self.handle(self.inbox.get())
+
+    def finish(self, max_steps: int = 20_000) -> Served:
+        for count in range(max_steps):
+            if len(self.ends) == len(self.prompts):
+                break
+            self.step()
+            if count % 16 == 0:
+                self.manager.check()
+        assert len(self.ends) == len(self.prompts), self.manager.describe()
+        self.manager.check()
+        for request, (prompt, max_tokens) in self.prompts.items():
+            if isinstance(self.ends[request], Finish):
+                assert self.tokens[request] == oracle(prompt, Sampling(seed=request), max_tokens), request
+        return self
+
+    def of(self, kind: type) -> list:
+        return [command for command in self.commands if isinstance(command, kind)]
+
+
+@pytest.mark.parametrize("num_instances", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("page_tokens", [1, 4])
+def test_exactly_the_capacity_is_served(num_instances: int, page_tokens: int) -> None:
+    cluster = make_cluster(num_instances, page_tokens)
+    capacity = cluster.pool_tokens
+    for prompt_len, max_tokens in ((capacity, 1), (capacity - 7, 8), (1, capacity)):
+        run = Served(cluster, LimitsConfig(chunk_tokens=8 * page_tokens))
+        run.arrive(prompt_len, max_tokens)
+        run.finish()
+        assert isinstance(run.ends[0], Finish)
+    run = Served(cluster)
+    run.arrive(capacity, 2)
+    assert isinstance(run.ends[0], Reject)
+
+
+@pytest.mark.parametrize("num_instances", [1, 3, 8])
+def test_large_ones_under_load(num_instances: int) -> None:
+    """Requests of the whole pool among small ones: evicted and recomputed if need be, but all of them end."""
+    cluster = make_cluster(num_instances)
+    capacity = cluster.pool_tokens
+    run = Served(cluster, LimitsConfig(chunk_tokens=8 * num_instances))
+    for _ in range(8):
+        run.arrive(5, 14)
+    for prompt_len, max_tokens in ((capacity - 9, 10), (capacity // 2, capacity // 2 + 1), (capacity - 20, 20)):
+        run.arrive(prompt_len, max_tokens)
+        for _ in range(6):
+            run.arrive(3, 14)
+            run.step()
+    run.finish()
+
+
+def test_memory_pressure_from_decoding() -> None:
+    """Six requests that together outgrow the pool while they decode."""
+    run = Served(make_cluster(2), LimitsConfig(chunk_tokens=16, decode_headroom_pages=0))
+    for _ in range(6):
+        run.arrive(16, 40)
+    run.finish()
+    evictions = len(run.of(Free)) - 6
+    assert evictions > 0
+
+
+def test_a_long_prompt_scales_up_and_down_without_migration() -> None:
+    """Chunks run on many instances; the last one leaves the KV on the fewest that hold it."""
+    free_links = LinearCost(dict.fromkeys(("prefill_base_s", "prefill_hop_s", "ring_token_s", "gather_token_s"), 0.0))
+    run = Served(make_cluster(8, pages=32), LimitsConfig(chunk_tokens=32), cost=free_links)
+    run.arrive(190, 20)
+    run.finish()
+    prefills, decodes = run.of(RunPrefill), run.of(RunDecode)
+    assert [len(p.instances) for p in prefills] == [8] * 6
+    assert not run.of(Migrate)
+    assert {len(d.instances) for d in decodes} == {2}  # 190 tokens are 48 pages, an instance holds 32
+    assert prefills[-1].moves
+
+
+def test_one_instance_more_when_memory_is_short() -> None:
+    """A request that fills its instance goes on with a second one, and no page moves."""
+    run = Served(make_cluster(2), LimitsConfig(decode_headroom_pages=0))
+    run.arrive(56, 60)
+    run.finish()
+    assert [len(d.instances) for d in run.of(RunDecode)] == sorted(len(d.instances) for d in run.of(RunDecode))
+    assert {len(d.instances) for d in run.of(RunDecode)} == {1, 2}
+    assert run.executor.moved_pages == 0
+    assert len(run.of(Free)) == 1
+
+
+def test_decodes_go_on_beside_a_long_prompt() -> None:
+    """Chunk, decode, chunk, decode: the rows on the same instances are not starved, nor is the prompt."""
+    run = Served(make_cluster(2, pages=64), LimitsConfig(chunk_tokens=16))
+    for _ in range(4):
+        run.arrive(4, 60)
+    while min(map(len, run.tokens.values())) < 5:
+        run.step()
+    run.arrive(300, 2)
+    start = len(run.commands)
+    run.finish()
+    kinds = [
+        "p" if isinstance(c, RunPrefill) else "d"
+        for c in run.commands[start:]
+        if isinstance(c, RunPrefill | RunDecode) and 0 in c.instances
+    ]
+    first, last = kinds.index("p"), len(kinds) - kinds[::-1].index("p")
+    between = "".join(kinds[first:last])
+    assert between.count("p") >= 10
+    assert "ppp" not in between
+
+
+def test_short_prompts_do_not_wait_for_a_long_one() -> None:
+    run = Served(make_cluster(2, pages=128), LimitsConfig(chunk_tokens=16))
+    run.arrive(700, 2)
+    for _ in range(5):
+        run.step()
+    short = run.arrive(6, 3)
+    run.finish()
+    ends = [c.request for c in run.of(Finish)]
+    assert ends.index(short) == 0
+
+
+def test_only_ready_groups_and_wanted_ones_are_asked_for() -> None:
+    """Ready: DoP 1 and the largest. What would fit better is asked for, once, and used when it comes."""
+    cluster = make_cluster(4, pages=8)
+    ready = [(program, group) for program, group in arcs(cluster) if program.dop in (1, 4)]
+    run = Served(cluster, LimitsConfig(decode_headroom_pages=0), ready)
+    run.arrive(40, 80)
+    run.finish()
+    used = {c.instances for c in run.of(RunPrefill) + run.of(RunDecode)}
+    prepares = run.of(Prepare)
+    assert prepares
+    assert len(prepares) == len(set(prepares))
+    assert any(p.program.phase is Phase.DECODE and p.instances in used for p in prepares)
+
+
+def test_unready_cluster_waits() -> None:
+    run = Served(make_cluster(2), ready=[])
+    run.arrive(4, 2)
+    assert not run.of(RunPrefill)
+    for program, instances in arcs(make_cluster(2)):
+        run.handle(ProgramReady(program, instances))
+    run.finish()
+
+
+def test_decode_step_is_cheap() -> None:
+    """32 rows on a group of eight: some 0.15 ms of CPU on an idle machine; the bound leaves room for a busy one."""
+    cluster = ClusterConfig(num_instances=8, pages_per_instance=8192)
+    manager = Manager(cluster, LimitsConfig(), SimpleElastic(cluster, LimitsConfig()), LinearCost())
+    pending: list[RunPrefill | RunDecode] = []
+
+    def handle(event: AnyEvent) -> None:
+        pending.extend(c for c in manager.handle(event, 0) if isinstance(c, RunPrefill | RunDecode))
+
+    for program, instances in arcs(cluster):
+        handle(ProgramReady(program, instances))
+    handle(Arrived(0, bytes(4 * 600_000), 10**6 // 4))  # spans instances, so all rows share one group
+    for request in range(1, 32):
+        handle(Arrived(request, bytes(4 * 1000), 1000))
+    times = []
+    while len(times) < 100:
+        command = pending.pop(0)
+        rows = [row for row in command.rows if not isinstance(row, PrefillRow) or row.emit]
+        event = StepDone(command.step, (1,) * len(rows), (0.0,) * len(rows))
+        start = time.thread_time()
+        handle(event)
+        if len(rows) == 32:
+            times.append(time.thread_time() - start)
+    assert sorted(times)[50] < 500e-6
