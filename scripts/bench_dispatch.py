@@ -2,7 +2,7 @@
 """What one decode step costs the thread that dispatches it, by the way its metadata argument is handed over.
 
 The step has the shape of the engine's: 34 weight leaves, a donated pool, one packed int32 array. CPU time is that of
-the calling thread (`time.thread_time`): the part that an engine thread cannot spend on anything else. The numbers behind
+the calling thread (`time.thread_time`): what an engine thread cannot spend on anything else. The numbers behind
 docs/dispatch.md come from here.
 
     scripts/bench_dispatch.py [--dops 1 8] [--steps 200]
