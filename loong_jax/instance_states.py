@@ -15,6 +15,7 @@ from loong_jax.esp.groups import Devices
 from loong_jax.kv_pool import STATE_SPEC, InstanceState, state_structs
 
 Group = tuple[int, ...]
+State = InstanceState[jax.Array]
 
 
 class InstanceStates:
@@ -22,19 +23,19 @@ class InstanceStates:
 
     def __init__(self, devices: Devices, model: ModelConfig, cluster: ClusterConfig, platform: str):
         self._devices, self._model, self._cluster, self._platform = devices, model, cluster, platform
-        self._views: dict[Group, InstanceState] = {}
+        self._views: dict[Group, State] = {}
         self._group_of: dict[int, Group] = {}
         everyone = tuple(range(cluster.num_instances))
         self._views[everyone] = self._zeros(everyone)
         self._group_of = dict.fromkeys(everyone, everyone)
 
-    def take(self, instances: Group) -> InstanceState:
+    def take(self, instances: Group) -> State:
         """The group's state, to be donated; `put` must follow."""
         if instances not in self._views:
             self._regroup(instances)
         return self._views[instances]
 
-    def put(self, instances: Group, state: InstanceState) -> None:
+    def put(self, instances: Group, state: State) -> None:
         self._views[instances] = state
 
     def reset(self, instances: Group) -> None:
@@ -54,7 +55,7 @@ class InstanceStates:
             jax.device_put(entries[None, None], shard.device) if shard.device in mine else shard.data
             for shard in state.table.addressable_shards
         ]
-        table = self._devices.assemble(instances, STATE_SPEC.table, state.table.shape, shards)
+        table = self._devices.assemble(instances, STATE_SPEC, state.table.shape, shards)
         self._views[instances] = state._replace(table=table)
 
     def pool_pointers(self) -> dict[int, list[int]]:
@@ -67,7 +68,7 @@ class InstanceStates:
         return out
 
     def _regroup(self, instances: Group) -> None:
-        shards: dict[int, list[InstanceState]] = {}
+        shards: dict[int, list[State]] = {}
         for view in {self._group_of[i] for i in instances}:
             shards |= self._split(view)
         wanted = [part for i in instances for part in shards.pop(i)]
@@ -75,9 +76,9 @@ class InstanceStates:
             self._assemble((instance,), parts)
         self._assemble(instances, wanted)
 
-    def _split(self, group: Group) -> dict[int, list[InstanceState]]:
+    def _split(self, group: Group) -> dict[int, list[State]]:
         """Single-device parts of a view by instance; the view is gone."""
-        out: dict[int, list[InstanceState]] = {i: [] for i in group}
+        out: dict[int, list[State]] = {i: [] for i in group}
         state = self._views.pop(group, None)
         if state is None:  # no member has a device in this process
             return out
@@ -87,7 +88,7 @@ class InstanceStates:
             out[owner[device]].append(InstanceState(*(part[device] for part in parts)))
         return out
 
-    def _assemble(self, group: Group, parts: list[InstanceState]) -> None:
+    def _assemble(self, group: Group, parts: list[State]) -> None:
         for instance in group:
             self._group_of[instance] = group
         if not parts:
@@ -95,8 +96,8 @@ class InstanceStates:
         lead = (len(group), self._cluster.tp)
         self._views[group] = InstanceState(
             *(
-                self._devices.assemble(group, spec, (*lead, *arrays[0].shape[2:]), list(arrays))
-                for spec, arrays in zip(STATE_SPEC, zip(*parts, strict=True), strict=True)
+                self._devices.assemble(group, STATE_SPEC, (*lead, *arrays[0].shape[2:]), list(arrays))
+                for arrays in zip(*parts, strict=True)
             )
         )
 
@@ -111,18 +112,18 @@ class InstanceStates:
             if other != instance and parts:
                 self._assemble((other,), parts)
 
-    def _split_alive(self, group: Group) -> dict[int, list[InstanceState]]:
+    def _split_alive(self, group: Group) -> dict[int, list[State]]:
         state = self._views.get(group)
         if state is not None and any(array.is_deleted() for array in state):
             self._views.pop(group)
             return {i: [] for i in group}
         return self._split(group)
 
-    def _zeros(self, instances: Group) -> InstanceState:
+    def _zeros(self, instances: Group) -> State:
         """Pools are made by a program: buffers from the host are not always donated in place at first."""
         structs = state_structs(self._model, self._cluster, len(instances), self._platform)
-        shardings = InstanceState(*(self._devices.sharding(instances, spec) for spec in STATE_SPEC))
-        make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs), out_shardings=shardings)
+        sharding = self._devices.sharding(instances, STATE_SPEC)
+        make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs), out_shardings=sharding)
         with jax.set_mesh(self._devices.mesh(instances)):
             return make()
 

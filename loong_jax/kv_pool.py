@@ -5,7 +5,7 @@ is assembled from its members' buffers without a copy (`esp/groups.py`). The pag
 kernels (`pallas_kernels/storage.py`). What it is not: accounting, which is `ledger.py`.
 """
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,21 @@ from loong_jax.config import ClusterConfig, ModelConfig
 LANES = 128  # TPU tiles the minor dimension by this; a narrower pool would be copied whole by the compiler
 
 
-class InstanceState(NamedTuple):
+Leaf = TypeVar("Leaf")
+
+
+class InstanceState(NamedTuple, Generic[Leaf]):
     """`kv`: pages `[sp, tp, layers, pages, 2, kv_heads, page_tokens, pool_dim]`; `table`: page-table entries
     `[sp, tp, entries, 3]` of (page, first position, count); `tokens`: newest token of each request slot
     `[sp, tp, slots]`."""
 
-    kv: jax.Array
-    table: jax.Array
-    tokens: jax.Array
+    kv: Leaf
+    table: Leaf
+    tokens: Leaf
 
 
-STATE_SPEC = InstanceState(P("sp", "tp"), P("sp", "tp"), P("sp", "tp"))
+STATE_SPEC = P("sp", "tp")
+"""Of every leaf."""
 
 
 def storage_dtype(model: ModelConfig, platform: str) -> jnp.dtype:
@@ -43,7 +47,9 @@ def pool_dim(model: ModelConfig, platform: str) -> int:
     return model.head_dim
 
 
-def state_structs(model: ModelConfig, cluster: ClusterConfig, dop: int, platform: str) -> InstanceState:
+def state_structs(
+    model: ModelConfig, cluster: ClusterConfig, dop: int, platform: str
+) -> InstanceState[jax.ShapeDtypeStruct]:
     """Shapes of the assembled state of a group of `dop` instances."""
     kv_heads = max(1, model.num_kv_heads // cluster.tp)
     pages = (model.num_layers, cluster.pages_per_instance, 2, kv_heads, cluster.page_tokens, pool_dim(model, platform))

@@ -25,7 +25,6 @@ from loong_jax.esp.layout import (
 from loong_jax.page_table import PageTables
 from loong_jax.types import ContextForm, CopyPages, Migrate, RunDecode, RunPrefill, Sampling
 
-
 _NO_ROW = tuple(NOWHERE if name == "position" else 0 for name in OWN_FIELDS)
 
 

@@ -66,11 +66,11 @@ def decode_attention(
     return attend
 
 
-def decode_step(params, state: InstanceState, packed: jax.Array, *, model: ModelConfig, shape: StepShape):
+def decode_step(params, state: InstanceState[jax.Array], packed: jax.Array, *, model: ModelConfig, shape: StepShape):
     """One token for each row. Local arguments of one device, as in `prefill_step`. Returns the state and
     `[dop * rows, 2]` of (token, log-probability bits) in rank order, the same on every rank."""
     fields = decode_layout(shape).unpack(packed)
-    own = dict(zip(OWN_FIELDS, fields["own"].T, strict=True))
+    own = {name: fields["own"][:, column] for column, name in enumerate(OWN_FIELDS)}
     every = Rows(fields["every"][:, 1], fields["ranges"][:, 0], fields["ranges"][:, 1])
     table = apply_deltas(state.table, fields["deltas"])
     held = state.tokens.at[own["slot"]].get(mode="fill", fill_value=0)

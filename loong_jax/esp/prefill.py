@@ -185,7 +185,10 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
     def attend(kv_pages, layer, q, k, v):
         def use(partial, kv_pages, block):
             kv_mask = token_mask(block.units, shape.page_tokens)
-            part = flash_partial(q, *block.kv, mask.row, mask.position, *kv_mask, scale=scale, platform=shape.platform)
+            k, v = block.kv
+            part = flash_partial(
+                q, k, v, mask.row, mask.position, kv_mask.row, kv_mask.position, scale=scale, platform=shape.platform
+            )
             return merge(partial, part), keep_pages(kv_pages, layer, block, shape)
 
         def use_tile(index, carry):
@@ -228,7 +231,13 @@ def _sample_rows(params, hidden: jax.Array, fields: dict[str, jax.Array], model:
 
 
 def prefill_step(
-    params, state: InstanceState, packed: jax.Array, moves: jax.Array, *, model: ModelConfig, shape: StepShape
+    params,
+    state: InstanceState[jax.Array],
+    packed: jax.Array,
+    moves: jax.Array,
+    *,
+    model: ModelConfig,
+    shape: StepShape,
 ):
     """One chunk. Local arguments of one device: `packed` int32 `[size]`, `moves` int32 `[entries]`, params and state
     without their leading axes. Returns the state and `[prefill_rows, 2]` of (token, log-probability bits)."""

@@ -14,8 +14,8 @@ from pallas_kernels.storage import read_all_layers, write_all_layers
 
 
 def transfer_step(
-    state: InstanceState, packed: jax.Array, *, shape: StepShape
-) -> tuple[InstanceState, Int[Array, " one"]]:
+    state: InstanceState[jax.Array], packed: jax.Array, *, shape: StepShape
+) -> tuple[InstanceState[jax.Array], Int[Array, " one"]]:
     """Read pages (all layers), swap them with the peer when dop is 2, write what arrived. The second result only tells
     the host that the step is over."""
     fields = transfer_layout(shape).unpack(packed)

@@ -24,8 +24,18 @@ from loong_jax.model.oracle import Oracle
 from loong_jax.model.sampling import sample
 from loong_jax.program_store import ProgramStore
 from loong_jax.programs import Programs
-from loong_jax.types import AnyCommand, AnyEvent, CopyPages, Migrate, Reset, RunDecode, RunPrefill, Sampling
-from loong_jax.types import StepDone, StepFailed
+from loong_jax.types import (
+    AnyCommand,
+    AnyEvent,
+    CopyPages,
+    Migrate,
+    Reset,
+    RunDecode,
+    RunPrefill,
+    Sampling,
+    StepDone,
+    StepFailed,
+)
 
 TIE = 1e-3
 """Below this margin between the two most likely tokens, a greedy token may differ (and is counted)."""
@@ -111,7 +121,7 @@ class Judge:
     def check(
         self, prompt, tokens: list[int], logprobs: list[float], sampling: Sampling, tolerance: float = 1e-4
     ) -> Verdict:
-        """Every token is the oracle's after the same history, or its greedy margin is a tie; log-probabilities agree."""
+        """Every token is the oracle's after the same history, or a greedy tie; log-probabilities agree."""
         if not tokens:
             return Verdict(0, 0, 0.0)
         history = np.concatenate([np.asarray(prompt, np.int32), np.asarray(tokens[:-1], np.int32)])
