@@ -3,13 +3,14 @@
     python scripts/make_fixtures.py [--only NAME] [--out tests/fixtures/models]
 
 Ordinary random weights hide KV bugs: over thousands of tokens attention averages values out, and a lost token moves
-nothing. Here every layer is calibrated on a probe prompt, so that two kinds of heads alternate (each KV head serves both):
+nothing. Here every layer is calibrated on a probe prompt, so that two kinds of heads alternate (each KV head
+serves both):
 
 * local heads score by distance: one constant lane of the residual (lane 0, which no layer writes) feeds the same vector
   into all queries and keys, and rotation turns it into a bump at distance 0. So the last tokens of a prompt matter too,
   and a key rotated by one position too many moves its score.
 * far heads score by content, with standard deviation `FAR_SCORES`: every query weighs the past differently, so outputs
-  of different queries do not become alike (which near-uniform attention causes, and which hides tokens one layer later),
+  of different queries do not become alike (which near-uniform attention causes, and which hides tokens a layer later),
   and a large output gain makes the sum, not the residual, speak: hiding one of N tokens turns it by 1 / sqrt(N).
 
 The gains also keep the model from chaos: scores stay of order 10, so the noise of another order of summation (1e-7 a
@@ -17,15 +18,14 @@ step) reaches the log-probabilities as a few 1e-5. `tests/loong_jax/model/test_f
 """
 
 import argparse
-import pydoc_data.topics
 from pathlib import Path
 
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from loong_jax.config import ModelConfig, RopeConfig
+from loong_jax.model.default_model import train_tokenizer
 from loong_jax.model.export import save_checkpoint
 from loong_jax.model.layers import rms_norm, rope_frequencies
 from loong_jax.model.llama import Params, decode_stack, init_params
@@ -174,21 +174,6 @@ def _add_bump(qkv: np.ndarray, config: ModelConfig, local: np.ndarray, constant_
 
 def _rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x[len(x) // 2 :, 1:]))))
-
-
-def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE on the interpreter's own help texts; <s> is 0, </s> is 1, <pad> is 2."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text for _, text in sorted(pydoc_data.topics.topics.items())], trainer)
-    return tokenizer
 
 
 def main() -> None:
