@@ -107,7 +107,7 @@ def aliases(dop: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dops", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()

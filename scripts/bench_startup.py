@@ -120,7 +120,7 @@ def environment(num_devices: int) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--engine", default="loong", help="loong, small_llama, or module:function")
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--warm-starts", type=int, default=3)
