@@ -38,6 +38,14 @@ def test_only_visible_blocks_are_computed(layout, window):
     assert computed <= 1.05 * needed
 
 
+def test_blocks_of_one_token_are_judged_exactly():
+    for layout in (cases.causal, cases.ragged, cases.scattered):
+        q_req, q_pos, kv_req, kv_pos = layout(np.random.default_rng(1), 64, 64)
+        for window in (None, 1, 7):
+            computed, needed = seen_blocks((q_req, q_pos), (kv_req, kv_pos), 1, window)
+            assert computed == needed
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_visible_block_is_skipped_in_any_order(seed):
     q_req, q_pos, kv_req, kv_pos = cases.scattered(np.random.default_rng(seed), 64, 64)
