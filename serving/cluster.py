@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,7 @@ class _Worker:
     def __init__(self) -> None:
         self.commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.ready = threading.Event()
+        self.gone = threading.Event()
 
 
 class ControlServer(control_pb2_grpc.ControlServicer):
@@ -115,7 +117,11 @@ class ControlServer(control_pb2_grpc.ControlServicer):
         self._lock = threading.Lock()
         self._server = grpc.server(
             ThreadPoolExecutor(2 * num_processes, thread_name_prefix="loong-control"),
-            options=(("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)),
+            options=(
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # workers ping every 30 s, also while idle
+            ),
         )
         control_pb2_grpc.add_ControlServicer_to_server(self, self._server)
 
@@ -126,10 +132,15 @@ class ControlServer(control_pb2_grpc.ControlServicer):
         return port
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Return once every worker can perform commands. Raises TimeoutError naming those that cannot."""
-        missing = [process for process, worker in self._workers.items() if not worker.ready.wait(timeout_s)]
-        if missing:
-            raise TimeoutError(f"processes {missing} have not become ready within {timeout_s:g} s")
+        """Return once every worker can perform commands. Raises TimeoutError or ConnectionError naming one that
+        cannot."""
+        deadline_s = time.monotonic() + timeout_s
+        for process, worker in self._workers.items():
+            while not worker.ready.wait(0.1):
+                if worker.gone.is_set():
+                    raise ConnectionError(f"process {process} was lost before it was ready")
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError(f"process {process} has not become ready within {timeout_s:g} s")
 
     def broadcast(self, command: bytes) -> None:
         """Send a command to all workers; one caller, whose order is the order everywhere."""
@@ -181,6 +192,7 @@ class ControlServer(control_pb2_grpc.ControlServicer):
         except grpc.RpcError:
             pass  # the call ended: below
         finally:
+            self._workers[process].gone.set()
             self._workers[process].commands.put(None)
             self._merger.lost(process)
 

@@ -104,7 +104,7 @@ class _Leader:
         self._crash: str | None = None
 
     async def run(self) -> None:
-        config, say = self._config, self._reporter.say
+        config = self._config
         model = engines.read_model(config.directory, config.engine.dtype)
         tokenizer = Tokenizer.load(config.directory)
         engine = Engine(
@@ -117,6 +117,14 @@ class _Leader:
         limits = engines.validation_limits(model, config.engine.cluster)
         self._server = LoongServer(engine.loop, tokenizer, limits, config.server)
         self._catch_signals()
+        try:
+            await self._serve(engine, model)
+        finally:
+            await self._server.stop()
+        self._reporter.say("stopped")
+
+    async def _serve(self, engine: Engine, model: ModelConfig) -> None:
+        config, say = self._config, self._reporter.say
         port = await self._server.start()
         say(f"listening on {config.server.host}:{port}; loading {config.directory}")
         loading = asyncio.ensure_future(_in_thread(lambda: self._load(engine, model)))
@@ -129,12 +137,10 @@ class _Leader:
         loading.result()
         await stopped
         if self._crash is not None:
-            await self._server.stop()
             raise EngineLost(self._crash)
         say("draining")
         await self._server.drain()
         await asyncio.to_thread(engine.loop.close)
-        say("stopped")
 
     def _load(self, engine: Engine, model: ModelConfig) -> None:
         """In a thread of its own. The engine runs at the end, and is ready when the last program has arrived."""
@@ -159,6 +165,8 @@ class _Leader:
         executor = self._executor(loaded, merger, control)
         engine.start(loaded, executor, self._asyncio_loop)
         engines.warm_up(loaded, post, reporter.progress("compiling"))
+        if control is not None:
+            control.wait_ready(_JOIN_S)
 
     def _executor(self, loaded: Loaded, merger: CompletionMerger | None, control: ControlServer | None) -> ExecutorLike:
         local = LocalExecutor(loaded)

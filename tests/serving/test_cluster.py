@@ -159,8 +159,15 @@ def test_a_worker_that_fails_to_build_is_lost_and_named(pool):
     with pytest.raises(ValueError, match="no such checkpoint"):
         done.result(10)
     assert {events.get(timeout=10), events.get(timeout=10)} == {InstanceLost(2), InstanceLost(3)}
-    with pytest.raises(TimeoutError, match=r"processes \[1\]"):
-        control.wait_ready(0.1)
+    with pytest.raises(ConnectionError, match="process 1 was lost"):
+        control.wait_ready(10)
+    control.close()
+
+
+def test_a_worker_that_never_comes_is_named():
+    _, _, control, _ = start()
+    with pytest.raises(TimeoutError, match="process 1 has not become ready"):
+        control.wait_ready(0.2)
     control.close()
 
 

@@ -94,7 +94,7 @@ class FakeManager:
             self._plan(out)
         return out
 
-    def view(self, now_us: int) -> View:
+    def view(self) -> View:
         used = [0] * self.num_instances
         for request in self.running.values():
             used[request.instance] += request.num_pages
@@ -102,7 +102,7 @@ class FakeManager:
             InstanceView(i, self.pages - used[i], self.pages, len(self.in_step), 0, True)
             for i in range(self.num_instances)
         )
-        return View(now_us, self.page_tokens, instances, (), frozenset())
+        return View(0, self.page_tokens, instances, (), frozenset())
 
     def _arrived(self, event: Arrived, out: list[AnyCommand]) -> None:
         request = _Request(event, event.request % self.num_instances, self.page_tokens)

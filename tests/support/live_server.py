@@ -29,7 +29,7 @@ class Live:
             pool_tokens=manager.num_instances * manager.pages * manager.page_tokens,
             eos_ids=(EOS,),
         )
-        state = EngineState(kv_token_bytes=64, needed=NEEDED, compiles_after_ready=lambda: 0)
+        state = EngineState(kv_token_bytes=64, compiles_after_ready=lambda: 0)
 
         def tell(method: Callable[..., Awaitable[None]], *args: Any) -> None:
             asyncio_loop.call_soon_threadsafe(lambda: asyncio_loop.create_task(method(*args)))
@@ -58,7 +58,7 @@ async def live_server(
     tokenizer = (tokenizer or byte_tokenizer()) if has_tokenizer else None
     live = Live(manager or FakeManager(), tokenizer, step_s=step_s, ready=ready, drain_s=drain_s)
     port = await live.server.start()
-    live.loop.start(live.executor, asyncio.get_running_loop())
+    live.loop.start(live.executor, NEEDED, asyncio.get_running_loop())
     async with LoongClient(f"127.0.0.1:{port}") as live.client:
         try:
             if ready:

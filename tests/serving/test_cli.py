@@ -1,0 +1,114 @@
+"""The command line, up to the engine: help, errors, the environment, `loong generate` against a live server."""
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from loong_jax.config import ClusterConfig, LimitsConfig, ladder_for
+from serving import cli
+from serving.client import generate_request
+from serving.engine import EngineConfig
+from tests.support.live_server import live_server
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-c", "from serving.cli import main; main()", *args]
+
+
+async def run_beside(*args: str, stdin: str | None = None) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *command(*args),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate((stdin or "").encode()), 30)
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.mark.parametrize("name", ["serve", "worker", "generate"])
+def test_every_flag_has_help_and_says_its_default(name):
+    import typer
+
+    click_command = typer.main.get_command(cli.app).commands[name]
+    for parameter in click_command.params:
+        assert parameter.help or parameter.name == "help", parameter.name
+        optional = parameter.param_type_name == "option" and not parameter.required and parameter.name != "help"
+        said = parameter.show_default or re.search("Default|Absent|absent|repeated|flag", parameter.help or "")
+        assert not optional or said or parameter.name in ("prompt", "prompt_file", "token_ids"), parameter.name
+
+
+def test_importing_the_command_line_loads_no_jax():
+    code = "import serving.cli, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["serve", "nowhere"], 1, "nowhere"),
+        (["serve", ".", "--policy", "x"], 1, "policy: 'x'"),
+        (["serve", ".", "--dtype", "int4"], 1, "dtype: 'int4'"),
+        (["serve", ".", "--warm-up", "none"], 1, "warm-up: 'none'"),
+        (["serve", ".", "--platform", "abacus"], 1, "platform: 'abacus'"),
+        (["serve", ".", "--dops", "3"], 1, "dops: "),
+        (["serve", ".", "--num-processes", "2"], 1, "coordinator: "),
+        (["serve", ".", "--num-processes", "3", "--coordinator", "x"], 1, "num_processes: "),
+        (["serve", ".", "--port", "99999"], 2, "--port"),
+        (["serve"], 2, "model"),
+        (["generate"], 2, "exactly one"),
+        (["generate", "--prompt", "a", "--token-ids", "1"], 2, "exactly one"),
+        (["generate", "--token-ids", "1,b"], 1, "token-ids: "),
+        (["generate", "--address", "127.0.0.1:1", "--prompt", "a"], 1, "UNAVAILABLE"),
+        (["generate", "--prompt-file", "no-such-file"], 1, "no-such-file"),
+        (["worker", ".", "--leader", "127.0.0.1:1", "--process-id", "0"], 2, "--process-id"),
+    ],
+)
+def test_errors_are_words_not_tracebacks(args, code, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, args)
+    assert done.exit_code == code, done.output
+    assert words.lower() in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+
+
+def test_generate_prints_text_ids_and_a_summary():
+    async def play():
+        async with live_server() as live:
+            common = ("--address", live.client.target, "--max-tokens", "6")
+            code, out, err = await run_beside("generate", *common, "--prompt", "ab")
+            assert (code, out) == (0, "abab\n"), err
+            assert "length; 3 + 6 tokens" in err
+            assert "prefill 3 at DoP 4, decode 5 at DoP 2" in err
+            code, out, _ = await run_beside("generate", *common, "--token-ids", "9,8", "--ids")
+            assert (code, out.split()) == (0, ["9", "8"] * 3)
+            code, out, _ = await run_beside("generate", *common, "--prompt-file", "-", "--stop", "z", stdin="xyz")
+            assert (code, out) == (0, "xy\n")
+            code, _, err = await run_beside("generate", *common, "--prompt", "a", "--temperature", "-1")
+            assert code == 1
+            assert "INVALID_ARGUMENT: sampling.temperature: " in err
+            answer = await live.client.generate(generate_request([1], max_tokens=1))
+            assert answer.token_ids == [1]
+
+    asyncio.run(play())
+
+
+def test_the_cpu_platform_sets_the_environment(monkeypatch):
+    cluster = ClusterConfig(num_instances=4, tp=2, ladder=ladder_for(4))
+    engine = EngineConfig(cluster=cluster, limits=LimitsConfig(), num_processes=2, coordinator="x")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some=1 --xla_force_host_platform_device_count=99")
+    monkeypatch.setenv("NPROC", "3")
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    cli._use_platform("default", engine)
+    assert os.environ["NPROC"] == "3"
+    cli._use_platform("cpu", engine)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert "--xla_some=1" in flags
+    assert "--xla_force_host_platform_device_count=4" in flags
+    assert "--xla_force_host_platform_device_count=99" not in flags
+    assert (os.environ["JAX_PLATFORMS"], os.environ["NPROC"]) == ("cpu", "8")

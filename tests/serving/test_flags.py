@@ -1,0 +1,58 @@
+"""From flags to configurations: what is wrong is refused by name."""
+
+import pytest
+
+from loong_jax.config import ConfigError
+from serving.flags import cluster_config, limits_config, numbers, one_of
+
+GOOD = {
+    "instances": 8,
+    "tp": 2,
+    "pool_tokens": 65_000,
+    "page_tokens": 16,
+    "ring_tokens": 512,
+    "max_running": 64,
+    "dops": "auto",
+    "prefill_buckets": "128,512",
+    "decode_buckets": "1,8",
+}
+
+
+def test_good_flags():
+    cluster = cluster_config(**GOOD)
+    assert cluster.ladder.dops == (1, 2, 3, 4, 8)
+    assert (cluster.ladder.prefill_tokens, cluster.ladder.decode_rows) == ((128, 512), (1, 8))
+    assert cluster.pool_tokens >= GOOD["pool_tokens"] > cluster.pool_tokens - 8 * 16
+    assert (cluster.tp, cluster.slots) == (2, 64)
+    assert cluster_config(**{**GOOD, "dops": "1,8"}).ladder.dops == (1, 8)
+    assert cluster_config(**{**GOOD, "instances": 6}).ladder.dops == (1, 2, 3, 4, 6)
+    limits = limits_config(max_waiting=3, max_running=4, chunk_tokens=5)
+    assert (limits.max_waiting, limits.max_running, limits.chunk_tokens) == (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"instances": 0}, "instances: "),
+        ({"tp": 0}, "tp: "),
+        ({"page_tokens": 24}, "page_tokens"),
+        ({"ring_tokens": 100}, "ring_tokens: "),
+        ({"dops": "1,16"}, "dops: "),
+        ({"dops": "2,4"}, "dops: "),
+        ({"dops": "1,x"}, "dops: "),
+        ({"prefill_buckets": "100"}, "prefill_tokens: "),
+        ({"prefill_buckets": ""}, "prefill-buckets: "),
+        ({"decode_buckets": "8,1"}, "decode_rows: "),
+        ({"prefill_buckets": ",".join(str(16 * i) for i in range(1, 20))}, "ladder: "),
+    ],
+)
+def test_bad_flags(change, words):
+    with pytest.raises(ConfigError, match=words):
+        cluster_config(**{**GOOD, **change})
+
+
+def test_numbers_and_choices():
+    assert numbers("x", "1, 2,3") == (1, 2, 3)
+    assert one_of("x", "a", "a", "b") == "a"
+    with pytest.raises(ConfigError, match="x: 'c' is none of a, b"):
+        one_of("x", "c", "a", "b")

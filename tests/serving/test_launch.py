@@ -1,0 +1,219 @@
+"""The whole of `loong serve`, as a process: a checkpoint, devices, gRPC, signals, the event log. And two processes."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from loong_jax.model.oracle import Oracle
+from serving.client import Generation, LoongClient, generate_request
+from tests.support.tiny_checkpoint import CONFIG, make_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+POOL_TOKENS = 2048  # an instance holds half
+LADDER = ("--instances", "2", "--prefill-buckets", "128", "--decode-buckets", "8", "--platform", "cpu")
+COMMON = (*LADDER, "--pool-tokens", str(POOL_TOKENS), "--max-running", "16")
+PROMPT = [i * 37 % 250 for i in range(60)]
+LONG_PROMPT = [i * 41 % 250 for i in range(1500)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """A `loong` command whose words go to a file."""
+
+    def __init__(self, log: Path, *args: str):
+        self.log = log
+        command = [sys.executable, "-c", "from serving.cli import main; main()", *args]
+        with log.open("w") as file:
+            self.popen = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+    def words(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, words: str, timeout_s: float = 300) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while words not in self.words():
+            assert self.popen.poll() is None, self.words()
+            assert time.monotonic() < deadline_s, self.words()
+            time.sleep(0.1)
+
+    def end(self, signum: int = signal.SIGTERM) -> int:
+        if self.popen.poll() is None:
+            self.popen.send_signal(signum)
+        try:
+            return self.popen.wait(60)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    return directory, make_tiny_checkpoint(directory)
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint, tmp_path_factory):
+    """(address, process, event log) of one server for all tests of this module."""
+    out = tmp_path_factory.mktemp("served")
+    port, log = free_port(), out / "events.log"
+    cache = str(ROOT / ".cache" / "test-serve")
+    server = Process(
+        out / "server.log",
+        *("serve", str(checkpoint[0]), "--port", str(port), "--event-log", str(log), "--cache-dir", cache, *COMMON),
+    )
+    try:
+        server.wait_for("ready: ")
+        yield f"127.0.0.1:{port}", server, log
+    finally:
+        server.end()
+
+
+def answers(address: str, *requests) -> list[Generation]:
+    async def run():
+        async with LoongClient(address) as client:
+            return await asyncio.gather(*(client.generate(request, 120) for request in requests))
+
+    return asyncio.run(run())
+
+
+def check_with_oracle(params, prompt: list[int], answer: Generation) -> None:
+    """Each token is the likeliest one (or within 1e-3 of it) and has the oracle's logprob."""
+    logprobs = Oracle(CONFIG, params).logprobs(np.array(prompt + answer.token_ids))
+    rows = logprobs[len(prompt) - 1 : -1]
+    theirs = rows[np.arange(len(rows)), answer.token_ids]
+    np.testing.assert_allclose(answer.logprobs, theirs, atol=1e-4)
+    assert (rows.max(-1) - theirs < 1e-3).all()
+
+
+def test_tokens_are_the_oracles_alone_and_together(served, checkpoint):
+    address, _, _ = served
+    requests = [generate_request(p, max_tokens=12, ignore_eos=True) for p in (PROMPT, PROMPT[:7], LONG_PROMPT)]
+    together = answers(address, *requests)
+    for request, answer in zip(requests, together, strict=True):
+        assert len(answer.token_ids) == 12
+        check_with_oracle(checkpoint[1], list(request.token_ids.ids), answer)
+        assert answers(address, request)[0].token_ids == answer.token_ids
+
+
+def test_a_prompt_larger_than_an_instance_is_served_and_one_larger_than_the_pool_refused(served):
+    address, _, _ = served
+    (answer,) = answers(address, generate_request(LONG_PROMPT, max_tokens=4, ignore_eos=True))
+    assert max(run.dop for run in answer.finished.dop_history) == 2
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        answers(address, generate_request([1] * (POOL_TOKENS + 1), max_tokens=1))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_sampling_repeats_with_its_seed_and_text_comes_back(served):
+    address, _, _ = served
+    request = generate_request("some text", max_tokens=16, temperature=1.0, seed=11, ignore_eos=True)
+    first, second = answers(address, request, request)
+    assert first.token_ids == second.token_ids
+    other = answers(address, generate_request("some text", max_tokens=16, temperature=1.0, seed=12, ignore_eos=True))[0]
+    assert other.token_ids != first.token_ids
+    assert first.text
+
+
+def test_a_cancelled_call_frees_its_pages(served):
+    address, _, _ = served
+
+    async def run():
+        async with LoongClient(address) as client:
+            call = client.stub.Generate(generate_request(PROMPT, max_tokens=1500, ignore_eos=True))
+            await call.read()
+            assert sum(i.pages_used for i in (await client.state()).instances) > 0
+            call.cancel()
+            for _ in range(200):
+                if sum(i.pages_used for i in (await client.state()).instances) == 0:
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("pages are still in use")
+
+    asyncio.run(run())
+
+
+def test_nothing_compiled_after_readiness_and_a_clean_end_whose_log_replays(served):
+    address, server, log = served
+
+    async def state():
+        async with LoongClient(address) as client:
+            return await client.state()
+
+    assert asyncio.run(state()).counters.compiles_after_ready == 0
+    assert server.end() == 0, server.words()
+    assert "Traceback" not in server.words()
+    replay = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "replay.py", log], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert replay.returncode == 0, replay.stdout + replay.stderr
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json"),
+        (lambda d: (d / "config.json").write_text("{}"), "config.json"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"short"), "model.safetensors"),
+    ],
+)
+def test_a_broken_checkpoint_ends_with_its_name(tmp_path, break_it, words):
+    make_tiny_checkpoint(tmp_path)
+    break_it(tmp_path)
+    server = Process(
+        tmp_path / "log", "serve", str(tmp_path), "--port", str(free_port()), "--cache-dir", "none", *COMMON
+    )
+    assert server.popen.wait(120) == 1
+    assert words in server.words()
+    assert "Traceback" not in server.words()
+
+
+def test_a_signal_while_loading_ends_at_once(checkpoint, tmp_path):
+    server = Process(
+        tmp_path / "log", "serve", str(checkpoint[0]), "--port", str(free_port()), "--cache-dir", "none", *COMMON
+    )
+    server.wait_for("listening")
+    start_s = time.monotonic()
+    assert server.end(signal.SIGINT) == 130
+    assert time.monotonic() - start_s < 10
+
+
+def test_two_processes_give_the_same_tokens(checkpoint, tmp_path):
+    """One instance each: a prompt that needs both is prefilled over both, and decoded where it then lies."""
+    port, control, coordinator = free_port(), free_port(), free_port()
+    cache = str(ROOT / ".cache" / "test-serve")
+    leader = Process(
+        tmp_path / "leader.log",
+        *("serve", str(checkpoint[0]), "--port", str(port), "--cache-dir", cache, *COMMON, "--num-processes", "2"),
+        *("--coordinator", f"127.0.0.1:{coordinator}", "--control", f"127.0.0.1:{control}"),
+    )
+    worker = Process(
+        tmp_path / "worker.log",
+        *("worker", str(checkpoint[0]), "--leader", f"127.0.0.1:{control}", "--process-id", "1"),
+        *("--platform", "cpu", "--cache-dir", cache),
+    )
+    try:
+        leader.wait_for("ready: ")
+        requests = [generate_request(p, max_tokens=8, ignore_eos=True) for p in (LONG_PROMPT, PROMPT, PROMPT[:9])]
+        for request, answer in zip(requests, answers(f"127.0.0.1:{port}", *requests), strict=True):
+            check_with_oracle(checkpoint[1], list(request.token_ids.ids), answer)
+        assert leader.end() == 0, leader.words()
+        assert worker.popen.wait(60) == 0, worker.words()
+    finally:
+        for process in (leader, worker):
+            if process.popen.poll() is None:
+                os.kill(process.popen.pid, signal.SIGKILL)
