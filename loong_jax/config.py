@@ -143,6 +143,7 @@ class LimitsConfig(msgspec.Struct, frozen=True):
     chunk_tokens: int = 8192  # new tokens of one prefill step over the whole group
     decode_headroom_pages: int = 2  # free pages a retention target keeps per request for decode
     hold_us: int = 2_000_000  # a reservation ends within this time
+    max_step_failures: int = 8  # in a row, of one request's steps; then it ends with an error
 
 
 def ladder_for(num_instances: int, ladder: LadderConfig = LadderConfig()) -> LadderConfig:

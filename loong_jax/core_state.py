@@ -47,6 +47,7 @@ class CoreState:
         self.blocked: set[int] = set()
         self.ready: frozenset[tuple[Program, tuple[int, ...]]] = frozenset()
         self.preparing: set[tuple[Program, tuple[int, ...]]] = set()
+        self.failures: dict[int, int] = {}  # request -> steps that failed since the last that did not
         self.reservations: dict[int, Reservation] = {}
         self.draining = False
         self.num_admitted = 0
@@ -98,6 +99,7 @@ class CoreState:
         writes it was enqueued before any step of the next user."""
         del self.requests[request.id]
         self.reservations.pop(request.id, None)
+        self.failures.pop(request.id, None)
         if request.slot == NO_SLOT:
             del self.waiting[request.id]
         else:

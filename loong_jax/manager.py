@@ -186,6 +186,8 @@ class Manager:
                     self._append(request, *request.early.pop(len(request.tokens)))
             elif index > len(request.tokens):
                 request.early[index] = (token, logprob, dop)
+        for request_id in step.requests if self.state.failures else ():
+            self.state.failures.pop(request_id, None)
         self._settle(step)
 
     def _append(self, request: RequestState, token: int, logprob: float, dop: int) -> None:
@@ -204,7 +206,20 @@ class Manager:
         self.state.blocked |= lost
         self._lose_kv(lost)
         if step is not None:
+            self._count_failure(step, event.reason)
             self._settle(step)
+
+    def _count_failure(self, step: Step, reason: str) -> None:
+        """A request whose steps always fail would take its neighbours' KV along for ever."""
+        state = self.state
+        for request_id in step.requests:
+            request = state.requests.get(request_id)
+            if request is None:
+                continue
+            failures = state.failures[request_id] = state.failures.get(request_id, 0) + 1
+            if failures >= state.limits.max_step_failures:
+                message = f"{failures} steps in a row failed, the last with: {reason}"
+                self._finish(request, FinishReason.ERROR, request.num_generated, message)
 
     def _on_instance_lost(self, event: InstanceLost) -> None:
         state = self.state

@@ -57,14 +57,18 @@ class SimpleElastic:
 
 
 class _DecodeGroup:
-    """Decode rows whose KV ties them together, and the group that will serve them."""
+    """Decode rows whose KV ties them together. `need`: where that is; `group`: what will serve them, if READY."""
 
-    __slots__ = ("group", "mask", "rows")
+    __slots__ = ("group", "need", "rows")
 
-    def __init__(self, mask: int, rows: list[RequestView]) -> None:
-        self.mask = mask
+    def __init__(self, need: int, group: Group | None, rows: list[RequestView]) -> None:
+        self.need = need
+        self.group = group
         self.rows = rows
-        self.group: Group | None = None
+
+    @property
+    def mask(self) -> int:
+        return self.group.mask if self.group is not None else self.need
 
 
 class _Planner:
@@ -85,6 +89,7 @@ class _Planner:
         self.load = [0] * len(view.instances)  # decode rows by instance
         self.prepares: list[PlannedPrepare] = []
         self.blocked: RequestView | None = None  # the oldest request that lacks pages
+        self.stuck: list[RequestView] = []  # no group can span their KV: an instance was lost
 
     def plan(self) -> Plan:
         if not self.room:
@@ -100,6 +105,9 @@ class _Planner:
         decode_groups = self._decode_groups(decoding)
         prefills, reservations = self._prefills(prefilling, decode_groups) if prefilling else ([], [])
         decodes = self._decodes(decode_groups)
+        stuck = tuple(PlannedEvict(request.request) for request in self.stuck if request.in_flight == 0)
+        if stuck:
+            return Plan(evicts=stuck)
         if self.blocked is not None:
             victim = self._victim(self.blocked)
             if victim is not None and victim.in_flight == 0:
@@ -118,51 +126,54 @@ class _Planner:
     # ---- decode
 
     def _decode_groups(self, decoding: Sequence[RequestView]) -> list[_DecodeGroup]:
-        """Rows that share an instance, or whose smallest READY groups do, are served together."""
+        """Rows that share an instance are served together, as far as a READY group spans them all."""
         out: list[_DecodeGroup] = []
         for request in decoding:
             resident = request.resident
             if len(resident) == 1:
-                mask = 1 << resident[0].instance
+                need = 1 << resident[0].instance
             elif resident:
-                mask = mask_of(r.instance for r in resident)
+                need = mask_of(r.instance for r in resident)
             else:
-                mask = 1 << self._emptiest()
+                need = 1 << self._emptiest()
             for group in out:
-                if group.mask & mask:
+                if group.need & need == need:  # the common case
                     group.rows.append(request)
-                    if group.mask | mask != group.mask:
-                        self._widen(out, group, mask)
                     break
             else:
-                group = _DecodeGroup(mask, [request])
+                group = _DecodeGroup(need, self.groups.smallest(Phase.DECODE, need, self.alive), [request])
+                if group.group is None and not self._want(Phase.DECODE, need, 1):
+                    self.stuck.append(request)
                 out.append(group)
-                self._widen(out, group, mask)
+                self._merge(out, group)
         for group in out:
+            if group.group is not None and group.group.mask != group.need:
+                self._want(Phase.DECODE, group.need, len(group.rows))
             for instance in members(group.mask):
                 self.load[instance] += len(group.rows)
+        # Groups that overlap and cannot merge take turns.
+        out.sort(key=lambda group: (min(row.in_flight for row in group.rows), group.rows[0].request))
         return out
 
     def _emptiest(self) -> int:
         return max(members(self.alive), key=lambda i: (self.free[i], -i))
 
-    def _widen(self, out: list[_DecodeGroup], group: _DecodeGroup, mask: int) -> None:
-        """`group` now spans `mask` too: find its smallest READY group and take in the groups it runs into."""
-        mask |= group.mask
-        while True:
-            group.group = self.groups.smallest(Phase.DECODE, mask, self.alive)
-            if group.group is None or group.group.mask != mask:
-                bucket = buckets.decode_bucket(len(group.rows), self.cluster.ladder)
-                self._want(Phase.DECODE, mask, bucket or self.cluster.ladder.decode_rows[-1])
-            group.mask = mask = mask | (group.group.mask if group.group else 0)
-            others = [g for g in out if g is not group and g.mask & mask]
-            if not others:
-                return
-            for other in others:
-                out.remove(other)
-                group.rows += other.rows
-                mask |= other.mask
-            group.rows.sort(key=lambda row: row.request)
+    def _merge(self, out: list[_DecodeGroup], group: _DecodeGroup) -> None:
+        """Take in the groups that `group` overlaps, where a READY group spans both."""
+        merged = True
+        while merged:
+            merged = False
+            for other in out:
+                if other is group or not other.mask & group.mask:
+                    continue
+                cover = self.groups.smallest(Phase.DECODE, group.need | other.need, self.alive)
+                if cover is not None:
+                    out.remove(other)
+                    group.need |= other.need
+                    group.group = cover
+                    group.rows = sorted(group.rows + other.rows, key=lambda row: row.request)
+                    merged = True
+                    break
 
     def _decodes(self, decode_groups: list[_DecodeGroup]) -> list[PlannedDecode]:
         out: list[PlannedDecode] = []
@@ -224,7 +235,8 @@ class _Planner:
             if most >= num_pages:
                 break
         if best is not group.group:
-            self._widen(decode_groups, group, best.mask)
+            group.group, group.need = best, best.mask
+            self._merge(decode_groups, group)
 
     # ---- prefill
 
@@ -414,7 +426,8 @@ class _Planner:
     def _starved(self, head: RequestView, need: int, allowed: int) -> None:
         """Not even one page of the head could be planned: for want of memory, of a program, or of idle instances?"""
         if self.groups.smallest(Phase.PREFILL, need, self.alive) is None:
-            self._want(Phase.PREFILL, need or self.alive & -self.alive, self.cluster.ladder.prefill_tokens[0])
+            if not self._want(Phase.PREFILL, need or self.alive & -self.alive, 1) and head.resident:
+                self.stuck.append(head)
             return
         groups = self.groups.covering(Phase.PREFILL, need, self.alive)
         if head.resident and not any(self.free[i] > 0 for group in groups for i in group.instances):
@@ -435,11 +448,16 @@ class _Planner:
         newest = holders[-1]
         return newest if newest.request > blocked.request or len(holders) == 1 and newest is blocked else None
 
-    def _want(self, phase: Phase, need: int, bucket: int) -> None:
-        """Ask for a program on the smallest set of instances that covers `need`."""
+    def _want(self, phase: Phase, need: int, size: int) -> bool:
+        """Ask for a program of `size` rows or tokens, on the smallest set that covers `need`. False when there is
+        nothing to ask for: it is READY, or no group of the ladder can cover `need`."""
+        ladder = self.cluster.ladder
+        sizes = ladder.decode_rows if phase is Phase.DECODE else ladder.prefill_tokens
+        bucket = next((b for b in sizes if b >= size), sizes[-1])
         prepare = self.groups.wanted(phase, need, self.alive, bucket, self.cluster)
         if prepare is not None:
             self.prepares.append(prepare)
+        return prepare is not None
 
 
 def _take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[Run, ...]:

@@ -19,10 +19,10 @@ from loong_jax.ledger import ForkedPages, Ledger
 from loong_jax.manager import Manager, Policy
 from loong_jax.policy.simple_elastic import SimpleElastic
 from loong_jax.request_state import RequestState
-from loong_jax.types import Emit, PageMove, PrefillRow, Rehome, RequestView, Reset, Run
+from loong_jax.types import Emit, PageMove, Phase, PrefillRow, Program, Rehome, RequestView, Reset, Run
 from tests.support.chaos_policy import ChaosPolicy
 from tests.support.mock_executor import MockExecutor, oracle
-from tests.support.schedules import Controls, Schedule, ScheduleConfig, ScheduleRun, check_outcome, replay
+from tests.support.schedules import Controls, Schedule, ScheduleConfig, ScheduleRun, arcs, check_outcome, replay
 
 
 def cluster_for(rng: random.Random) -> ClusterConfig:
@@ -47,9 +47,31 @@ def cluster_for(rng: random.Random) -> ClusterConfig:
     )
 
 
-def run_schedule(seed: int, *, chaos: bool, config: ScheduleConfig | None = None) -> ScheduleRun:
+def few_groups(
+    rng: random.Random, cluster: ClusterConfig
+) -> tuple[ClusterConfig, list[tuple[Program, tuple[int, ...]]]]:
+    """Not every arc is READY: DoP 1 and the largest, aligned sets, some at random, or a ladder of small groups."""
+    kind = rng.choice(("ends", "aligned", "random", "small"))
+    if kind == "small":
+        dops = tuple(dop for dop in cluster.ladder.dops if dop <= 2)
+        cluster = msgspec.structs.replace(cluster, ladder=msgspec.structs.replace(cluster.ladder, dops=dops))
+    ready = arcs(cluster)
+    if kind == "ends":
+        steps = (Phase.PREFILL, Phase.DECODE)
+        ready = [(p, i) for p, i in ready if p.dop in (1, cluster.ladder.dops[-1]) and p.phase in steps]
+    elif kind == "aligned":
+        ready = [(p, i) for p, i in ready if i[0] % len(i) == 0 and i[-1] - i[0] == len(i) - 1]
+    elif kind == "random":
+        ready = [(p, i) for p, i in ready if p.dop == 1 or rng.random() < 0.4]
+    return cluster, ready
+
+
+def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True) -> ScheduleRun:
     rng = random.Random(seed)
     cluster = cluster_for(rng)
+    ready = arcs(cluster)
+    if not all_ready:
+        cluster, ready = few_groups(rng, cluster)
     limits = LimitsConfig(
         max_waiting=rng.choice((2, 100)),
         max_running=rng.choice((2, 16)),
@@ -64,12 +86,11 @@ def run_schedule(seed: int, *, chaos: bool, config: ScheduleConfig | None = None
     executor = MockExecutor(cluster, inbox.put, rng)
     manager = Manager(cluster, limits, policy(), LinearCost())
     controls = Controls(executor.advance, executor.fail, executor.lose, lambda: executor.steps_in_flight)
-    if config is None:
-        # Faults in a third of the schedules only: they hide what an undisturbed run shows.
-        config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)))
-        if rng.random() > 0.33:
-            config = config._replace(p_fail=0.0, p_lose=0.0)
-    run = Schedule(manager, executor, inbox, config, rng, controls).run()
+    # Faults in a third of the schedules only: they hide what an undisturbed run shows.
+    config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)))
+    if rng.random() > 0.33:
+        config = config._replace(p_fail=0.0, p_lose=0.0)
+    run = Schedule(manager, executor, inbox, config, rng, controls, ready).run()
     for outcome in run.outcomes:
         check_outcome(outcome, oracle)
     replay(run, Manager(cluster, limits, policy(), LinearCost()))
@@ -221,6 +242,18 @@ def test_a_broken_core_is_caught(
     mutation(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, KeyError, ValueError)):
         run_schedules(300)
+
+
+@pytest.mark.parametrize("first", range(0, 100, 20))
+def test_simple_elastic_with_few_groups(first: int) -> None:
+    for seed in range(first, first + 20):
+        run_schedule(20_000_000 + seed, chaos=False, all_ready=False)
+
+
+@pytest.mark.slow
+def test_few_groups_ten_thousand() -> None:
+    for seed in range(10_000):
+        run_schedule(30_000_000 + seed, chaos=seed % 4 == 0, all_ready=False)
 
 
 @pytest.mark.slow

@@ -497,6 +497,24 @@ def test_lost_instance_ends_what_no_longer_fits(bench: Bench) -> None:
     bench.check()
 
 
+def test_a_request_whose_steps_always_fail_ends_with_an_error() -> None:
+    bench = Bench(limits=LimitsConfig(max_step_failures=3))
+    bench.arrive(1, 4)
+    for _ in range(2):
+        step = bench.prefill(1, (0,), [Run(0, 4)], [Share(0, 1)])
+        bench.handle(StepFailed(step.step, (0,), "out of memory"))
+    bench.done(bench.prefill(1, (0,), [Run(0, 4)], [Share(0, 1)]), 7)  # a step that is done starts the count anew
+    bench.handle(StepFailed(bench.decode((0,), (1, 0)).step, (0,), "out of memory"))
+    for _ in range(2):
+        assert bench.view(1).num_generated == 1
+        step = bench.prefill(1, (0,), [Run(0, 5)], [Share(0, 2)])
+        out = bench.handle(StepFailed(step.step, (0,), "out of memory"))
+    (finish,) = [c for c in out if isinstance(c, Finish)]
+    assert finish.reason is FinishReason.ERROR
+    assert "out of memory" in finish.message
+    bench.check()
+
+
 def test_late_completion_of_an_unknown_step_is_ignored(bench: Bench) -> None:
     assert bench.handle(StepDone(99, (1,), (0.0,))) == []
 
