@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loong_jax.config import ConfigError
+from loong_jax.retarget import Device
 
 
 class Devices:
@@ -22,7 +23,7 @@ class Devices:
     `mesh(instances)` and `sharding(instances, spec)` are made once; `is_local` and `all_local` tell whether this
     process holds some, or all, devices of a group."""
 
-    def __init__(self, devices: Sequence[jax.Device], num_instances: int, tp: int):
+    def __init__(self, devices: Sequence[Device], num_instances: int, tp: int):
         if len(devices) < num_instances * tp:
             raise ConfigError(
                 f"num_instances: {num_instances} instances of tp {tp} need {num_instances * tp} devices, "

@@ -1,75 +1,170 @@
 """The data plane without a manager: scripted steps with any placement, for tests of the executor and its programs.
 
-`Plane` allocates pages naively and issues one command at a time, waiting for its event. Who decides is the test.
+`Plane` allocates pages at random, issues one command at a time and waits for its event; who decides is the test.
+`data_plane` shares weights and compiled programs among test modules. What it is not: the ledger's rules, or a judge.
 """
 
 import queue
 import random
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from loong_jax.buckets import decode_bucket, prefill_bucket, units
-from loong_jax.config import ClusterConfig, ModelConfig
-from loong_jax.esp.groups import Devices
-from loong_jax.esp.steps import StepBuilder
+from loong_jax.config import ClusterConfig, LadderConfig
 from loong_jax.executor import Executor
 from loong_jax.programs import Programs
 from loong_jax.types import (
+    AnyEvent,
     ContextForm,
+    CopyPages,
     DecodeRow,
+    Fork,
     Free,
     Migrate,
+    PageCopy,
     PageMove,
     PrefillRow,
     Run,
     RunDecode,
     RunPrefill,
     Sampling,
+    StepCommand,
     StepDone,
+    Truncate,
+)
+from tests.support.real_engine import DataPlane
+
+MODELS = Path(__file__).resolve().parents[1] / "fixtures" / "models"
+GREEDY = Sampling()
+
+# One bucket each: few programs to compile. Several query tiles and ring tiles, several pages in each. Two instances
+# hold sixteen chunks of 256 tokens with little to spare.
+CLUSTER = ClusterConfig(
+    num_instances=8,
+    page_tokens=16,
+    pages_per_instance=136,
+    ring_tokens=64,
+    query_tile_tokens=32,
+    slots=16,
+    ladder=LadderConfig(prefill_tokens=(64,), decode_rows=(4,), prefill_rows=4, move_pages=8),
 )
 
 
+@cache
+def data_plane(fixture: str = "gqa", cluster: ClusterConfig = CLUSTER) -> DataPlane:
+    """A fixture checkpoint on a cluster; its programs are compiled once for all who ask."""
+    return DataPlane(MODELS / fixture, cluster)
+
+
 class Sequence:
-    """One request: its tokens, and where its KV lies: `homes[instance]` = {page: run}."""
+    """One request: its tokens, and where its KV lies: `homes[instance]` = {page: run}. `issued`: tokens known to the
+    host and tokens being sampled."""
 
     def __init__(self, request: int, tokens: list[int], num_instances: int, sampling: Sampling):
         self.request, self.slot, self.tokens, self.sampling = request, request, list(tokens), sampling
-        self.prompt_len = len(tokens)
+        self.prompt_len = self.issued = len(tokens)
         self.logprobs: list[float] = []
         self.homes: list[dict[int, Run]] = [{} for _ in range(num_instances)]
-        self.kv_len = 0
 
-    def holders(self) -> set[int]:
-        return {i for i, pages in enumerate(self.homes) if pages}
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    def holders(self) -> tuple[int, ...]:
+        return tuple(i for i, pages in enumerate(self.homes) if pages)
+
+    def missing(self) -> list[Run]:
+        """Runs of `[0, known)` without KV."""
+        out, position = [], 0
+        for run in sorted(run for pages in self.homes for run in pages.values()):
+            assert run.first >= position, "a position with two homes"
+            out += [Run(position, run.first - position)] * (run.first > position)
+            position = run.end
+        return out + [Run(position, len(self.tokens) - position)] * (position < len(self.tokens))
+
+
+class Issued(NamedTuple):
+    """A step under way: its number and the sequences that get a token from it."""
+
+    step: int
+    emitting: tuple[Sequence, ...]
 
 
 class Plane:
-    def __init__(self, model: ModelConfig, cluster: ClusterConfig, weights: list[list], *, store=None):
-        platform = "cpu"
-        self.cluster, self.events = cluster, queue.SimpleQueue()
-        self.devices = Devices(jax.devices(), cluster.num_instances, cluster.tp)
-        self.builder = StepBuilder(model, cluster, platform)
-        self.programs = Programs(
-            self.builder.build, self.devices.mesh, store, self.events.put, f"test-{model}-{cluster}"
-        )
-        self.executor = Executor(self.builder, self.devices, weights, self.programs, self.events.put)
-        self._free = [list(range(cluster.pages_per_instance)) for _ in range(cluster.num_instances)]
-        self._step = 0
+    """An executor with pools of its own over shared weights and programs (`programs`: others than the shared)."""
 
-    def page(self, instance: int) -> int:
-        return self._free[instance].pop(random.randrange(len(self._free[instance])))
+    def __init__(self, data: DataPlane, seed: int = 0, programs: Programs | None = None):
+        self.data, self.cluster = data, data.cluster
+        self.events: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
+        self.executor = Executor(data.builder, data.devices, data.weights, programs or data.programs, self.events.put)
+        self._free = [list(range(self.cluster.pages_per_instance)) for _ in range(self.cluster.num_instances)]
+        self._rng = random.Random(seed)
+        self._num_steps = self._num_requests = 0
 
-    def run(self, command) -> StepDone:
-        self.executor.submit(command)
-        event = self.events.get(timeout=300)
-        assert isinstance(event, StepDone), event
-        assert event.step == command.step
-        return event
+    def close(self) -> None:
+        self.executor.close()
 
-    def next_step(self) -> int:
-        self._step += 1
-        return self._step
+    # ---- requests
+
+    def sequence(self, prompt: int | list[int], sampling: Sampling = GREEDY) -> Sequence:
+        """A request with this prompt, or a random one of this length."""
+        if isinstance(prompt, int):
+            prompt = [self._rng.randrange(self.data.model.vocab_size) for _ in range(prompt)]
+        self._num_requests += 1
+        return Sequence(self._num_requests - 1, prompt, self.cluster.num_instances, sampling)
+
+    def fork(self, parent: Sequence, sampling: Sampling) -> Sequence:
+        """A child that shares the parent's full pages and copies the others."""
+        child = self.sequence(parent.tokens, sampling)
+        full, open_pages = [], []
+        for instance, pages in enumerate(parent.homes):
+            for page, run in pages.items():
+                (full if run.count == self.cluster.page_tokens else open_pages).append((instance, page, run))
+        self.executor.submit(Fork(parent.request, child.request, tuple(full)))
+        for instance, page, run in full:
+            child.homes[instance][page] = run
+        for instance, page, run in open_pages:
+            copy = self.page(instance)
+            self.run(CopyPages(self.next_step(), instance, (PageCopy(child.request, page, copy, run),)))
+            child.homes[instance][copy] = run
+        return child
+
+    def free(self, sequence: Sequence, instances: tuple[int, ...] | None = None) -> None:
+        """Drop its KV, everywhere or on some instances: that leaves holes."""
+        instances = sequence.holders() if instances is None else instances
+        self.executor.submit(Free(sequence.request, instances))
+        for instance in instances:
+            self._free[instance] += sequence.homes[instance]
+            sequence.homes[instance].clear()
+
+    def truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Forget all tokens from `num_tokens` on: their KV, and that of the last one left, whose successor is to be
+        sampled again."""
+        kv_len = num_tokens - 1
+        self.executor.submit(Truncate(sequence.request, kv_len))
+        sequence.tokens, sequence.issued = sequence.tokens[:num_tokens], num_tokens
+        sequence.logprobs = sequence.logprobs[: num_tokens - sequence.prompt_len]
+        for instance, pages in enumerate(sequence.homes):
+            for page, run in list(pages.items()):
+                if run.first >= kv_len:
+                    del pages[page]
+                    self._free[instance].append(page)
+                elif run.end > kv_len:
+                    pages[page] = Run(run.first, kv_len - run.first)
+
+    def check(self, *sequences: Sequence) -> None:
+        """Tokens and log-probabilities are the oracle's."""
+        for sequence in sequences:
+            assert sequence.generated, "nothing to check"
+            prompt = sequence.tokens[: sequence.prompt_len]
+            verdict = self.data.judge.check(prompt, sequence.generated, sequence.logprobs, sequence.sampling)
+            assert verdict.num_ties == 0 or sequence.sampling.temperature == 0
+
+    # ---- steps
 
     def prefill(
         self,
@@ -78,70 +173,111 @@ class Plane:
         homes: list[int],
         form: ContextForm = ContextForm.RING,
         rehome: dict[int, int] | None = None,
-    ) -> None:
-        """Prefill the next `n` tokens of each sequence; the units in order are kept on `homes` (cycled). `rehome`
-        maps an instance to the one all its pages of these sequences move to."""
-        rows, unit = [], 0
-        for sequence, count in chunks:
-            run = Run(sequence.kv_len, count)
-            where = [homes[(unit + i) % len(homes)] for i in range(len(units((run,), self.cluster.page_tokens)))]
-            unit += len(where)
-            tokens = np.array(sequence.tokens[run.first : run.end], "<i4").tobytes()
+    ) -> RunPrefill:
+        """Prefill the next `count` missing tokens of each sequence; the units in order are kept on `homes` (cycled).
+        `rehome` maps an instance to the one all its pages of these sequences move to."""
+        command = self.prefill_command(group, chunks, homes, form, rehome)
+        self.finish(self.issue(command, tuple(s for (s, _), row in zip(chunks, command.rows, strict=True) if row.emit)))
+        return command
+
+    def decode(self, group: tuple[int, ...], rows: list[tuple[Sequence, int]], *, on_device: bool = False) -> RunDecode:
+        """One token for each (sequence, master). `on_device`: feed the token the device sampled."""
+        command = self.decode_command(group, rows, on_device=on_device)
+        self.finish(self.issue(command, tuple(s for s, _ in rows)))
+        return command
+
+    def migrate(self, sequence: Sequence, targets: dict[int, int]) -> None:
+        """Move pages between two instances, as many as one step takes, `targets[src]` = dst."""
+        moves = self._moves([sequence], targets)
+        self.run(Migrate(self.next_step(), tuple(sorted({i for pair in targets.items() for i in pair})), moves))
+
+    def prefill_command(
+        self,
+        group: tuple[int, ...],
+        chunks: list[tuple[Sequence, int]],
+        homes: list[int],
+        form: ContextForm = ContextForm.RING,
+        rehome: dict[int, int] | None = None,
+    ) -> RunPrefill:
+        planned = [(sequence, _first(sequence.missing(), count)) for sequence, count in chunks]
+        moves = self._moves([s for s, _ in chunks], rehome or {})
+        rows, num_units = [], 0
+        for sequence, runs in planned:
+            cut = units(runs, self.cluster.page_tokens)
+            where = [homes[(num_units + i) % len(homes)] for i in range(len(cut))]
+            num_units += len(cut)
+            pages = [self.page(i) for i in where]
+            for home, page, run in zip(where, pages, cut, strict=True):
+                sequence.homes[home][page] = run
+            tokens = np.concatenate([sequence.tokens[run.first : run.end] for run in runs]).astype("<i4").tobytes()
+            emit = not sequence.missing()
+            sequence.issued += emit
             rows.append(
                 PrefillRow(
-                    sequence.request,
-                    sequence.slot,
-                    (run,),
-                    tokens,
-                    tuple(where),
-                    tuple(self.page(i) for i in where),
-                    run.end == len(sequence.tokens),
-                    sequence.sampling,
+                    sequence.request, sequence.slot, runs, tokens, tuple(where), tuple(pages), emit, sequence.sampling
                 )
             )
-        moves = self._moves([s for s, _ in chunks], rehome or {})
-        bucket = prefill_bucket(unit, len(group), self.cluster.ladder, self.cluster.page_tokens)
-        done = self.run(RunPrefill(self.next_step(), group, bucket, form, tuple(rows), moves))
-        self._apply(moves, {s.request: s for s, _ in chunks})
-        emitted = iter(zip(done.tokens, done.logprobs, strict=True))
-        for (sequence, _), row in zip(chunks, rows, strict=True):
-            for home, page, cut in zip(row.homes, row.pages, units(row.runs, self.cluster.page_tokens), strict=True):
-                sequence.homes[home][page] = cut
-            sequence.kv_len = row.runs[-1].end
-            if row.emit:
-                token, logprob = next(emitted)
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logprob)
+        bucket = prefill_bucket(num_units, len(group), self.cluster.ladder, self.cluster.page_tokens)
+        assert bucket is not None, "the chunk is too large"
+        return RunPrefill(self.next_step(), group, bucket, form, tuple(rows), moves)
 
-    def decode(self, group: tuple[int, ...], rows: list[tuple[Sequence, int]], *, on_device: bool = False) -> None:
-        """One token for each (sequence, master). `on_device`: feed the token the device sampled."""
+    def decode_command(
+        self, group: tuple[int, ...], rows: list[tuple[Sequence, int]], *, on_device: bool = False
+    ) -> RunDecode:
         out = []
         for sequence, master in rows:
-            position = len(sequence.tokens) - 1
+            position = sequence.issued - 1
             page, run = self._open(sequence, master, position)
-            token = -1 if on_device else sequence.tokens[-1]
+            token = -1 if on_device else sequence.tokens[position]
             out.append(
                 DecodeRow(sequence.request, sequence.slot, position, token, master, page, run, sequence.sampling)
             )
             sequence.homes[master][page] = run
-            sequence.kv_len = position + 1
+            sequence.issued += 1
         most = max(sum(row.master == m for row in out) for m in group)
         bucket = decode_bucket(most, self.cluster.ladder)
-        done = self.run(RunDecode(self.next_step(), group, bucket, tuple(out)))
-        for (sequence, _), token, logprob in zip(rows, done.tokens, done.logprobs, strict=True):
+        assert bucket is not None, "too many rows for one master"
+        return RunDecode(self.next_step(), group, bucket, tuple(out))
+
+    def run(self, command: StepCommand) -> None:
+        """A step that samples nothing."""
+        self.finish(self.issue(command, ()))
+
+    def issue(self, command: StepCommand, emitting: tuple[Sequence, ...]) -> Issued:
+        self.executor.submit(command)
+        return Issued(command.step, emitting)
+
+    def finish(self, issued: Issued) -> None:
+        """Wait for a step, the oldest under way, and take its tokens."""
+        event = self.events.get(timeout=600)
+        assert isinstance(event, StepDone), event
+        assert event.step == issued.step
+        for sequence, token, logprob in zip(issued.emitting, event.tokens, event.logprobs, strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
 
-    def migrate(self, sequence: Sequence, src: int, dst: int) -> None:
-        moves = self._moves([sequence], {src: dst})[: self.cluster.ladder.move_pages]
-        self.run(Migrate(self.next_step(), tuple(sorted((src, dst))), moves))
-        self._apply(moves, {sequence.request: sequence})
+    def next_step(self) -> int:
+        self._num_steps += 1
+        return self._num_steps
 
-    def free(self, sequence: Sequence) -> None:
-        self.executor.submit(Free(sequence.request, tuple(sequence.holders())))
-        for instance, pages in enumerate(sequence.homes):
-            self._free[instance] += pages
-            pages.clear()
+    def page(self, instance: int) -> int:
+        return self._free[instance].pop(self._rng.randrange(len(self._free[instance])))
+
+    # ---- what the devices hold
+
+    def pools(self) -> dict[int, list[np.ndarray]]:
+        """A copy of every instance's pool, by tp rank: `[layers, pages, 2, kv_heads, page_tokens, pool_dim]`."""
+        return {i: [np.array(shard[0, 0]) for shard in self._shards(i, "kv")] for i in range(self.cluster.num_instances)}
+
+    def tables(self) -> dict[int, list[np.ndarray]]:
+        """A copy of every instance's page table, by tp rank: `[entries, 3]`."""
+        return {
+            i: [np.array(shard[0, 0]) for shard in self._shards(i, "table")] for i in range(self.cluster.num_instances)
+        }
+
+    def _shards(self, instance: int, name: str) -> list[jax.Array]:
+        array = getattr(self.executor.states.take((instance,)), name)
+        return [shard.data for shard in array.addressable_shards]
 
     def _open(self, sequence: Sequence, master: int, position: int) -> tuple[int, Run]:
         for page, run in sequence.homes[master].items():
@@ -149,17 +285,28 @@ class Plane:
                 return page, Run(run.first, run.count + 1)
         return self.page(master), Run(position, 1)
 
-    def _moves(self, sequences: list[Sequence], rehome: dict[int, int]) -> tuple[PageMove, ...]:
-        return tuple(
+    def _moves(self, sequences: list[Sequence], targets: dict[int, int]) -> tuple[PageMove, ...]:
+        """All pages of the sequences on the sources; their homes change now."""
+        moves = tuple(
             PageMove(sequence.request, src, page, dst, self.page(dst), run)
             for sequence in sequences
-            for src, dst in rehome.items()
+            for src, dst in targets.items()
             for page, run in sequence.homes[src].items()
         )
-
-    def _apply(self, moves: tuple[PageMove, ...], by_request: dict[int, Sequence]) -> None:
+        by_request = {s.request: s for s in sequences}
         for move in moves:
             homes = by_request[move.request].homes
             del homes[move.src][move.src_page]
             homes[move.dst][move.dst_page] = move.run
             self._free[move.src].append(move.src_page)
+        return moves
+
+
+def _first(missing: list[Run], count: int) -> tuple[Run, ...]:
+    """The first `count` positions of the runs."""
+    out = []
+    for run in missing:
+        if count > 0:
+            out.append(Run(run.first, min(run.count, count)))
+            count -= run.count
+    return tuple(out)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import loong_jax
+import pallas_kernels
 from loong_jax.config import ClusterConfig, ModelConfig
 from loong_jax.esp.groups import Devices
 from loong_jax.esp.steps import StepBuilder
@@ -22,7 +24,7 @@ from loong_jax.model.checkpoint import load_checkpoint
 from loong_jax.model.hf_config import read_config
 from loong_jax.model.oracle import Oracle
 from loong_jax.model.sampling import sample
-from loong_jax.program_store import ProgramStore
+from loong_jax.program_store import ProgramStore, fingerprint
 from loong_jax.programs import Programs
 from loong_jax.types import (
     AnyCommand,
@@ -37,22 +39,30 @@ from loong_jax.types import (
     StepFailed,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+
 TIE = 1e-3
 """Below this margin between the two most likely tokens, a greedy token may differ (and is counted)."""
+
+
+def stored_programs(builder: StepBuilder, devices: Devices, post: Callable[[AnyEvent], None]) -> Programs:
+    """Programs kept on disk between runs of the tests, for as long as no source changes."""
+    sources = [Path(str(package.__file__)).parent for package in (loong_jax, pallas_kernels)]
+    key = fingerprint(sources, repr(builder.model), repr(builder.cluster), builder.platform)
+    return Programs(builder.build, devices.mesh, ProgramStore(ROOT / ".cache" / "programs"), post, key)
 
 
 class DataPlane:
     """Weights and programs of one checkpoint on one cluster; each executor it lends has pools of its own."""
 
-    def __init__(self, directory: Path, cluster: ClusterConfig, store: ProgramStore | None = None):
+    def __init__(self, directory: Path, cluster: ClusterConfig):
         self.model, self.cluster = read_config(directory), cluster
         self.devices = Devices(jax.devices(), cluster.num_instances, cluster.tp)
         self.builder = StepBuilder(self.model, cluster, "cpu")
         self.weights = load_checkpoint(
             directory, self.model, tp=cluster.tp, devices=self.devices.by_instance, stacked=self.builder.stacked
         )
-        fingerprint = f"{self.model} {cluster}"
-        self.programs = Programs(self.builder.build, self.devices.mesh, store, lambda event: None, fingerprint)
+        self.programs = stored_programs(self.builder, self.devices, lambda event: None)
         self.judge = Judge(directory, self.model)
 
     def executor(self, post: Callable[[AnyEvent], None]) -> Executor:
@@ -119,7 +129,13 @@ class Judge:
         self.oracle = Oracle(model, jax.tree.map(lambda leaf: leaf[0], params))
 
     def check(
-        self, prompt, tokens: list[int], logprobs: list[float], sampling: Sampling, tolerance: float = 1e-4
+        self,
+        prompt,
+        tokens: list[int],
+        logprobs: list[float],
+        sampling: Sampling,
+        tolerance: float = 1e-4,
+        tie: float = TIE,
     ) -> Verdict:
         """Every token is the oracle's after the same history, or a greedy tie; log-probabilities agree."""
         if not tokens:
@@ -133,7 +149,7 @@ class Judge:
         if sampling.temperature == 0:
             top = np.sort(rows, axis=1)
             margin = top[:, -1] - top[:, -2]
-            assert (margin[differ] < TIE).all(), f"token {differ} differs with margin {margin[differ]}"
+            assert (margin[differ] < tie).all(), f"token {differ} differs with margin {margin[differ]}"
         return Verdict(len(tokens), len(differ), worst)
 
     def _sampled(self, rows: np.ndarray, first: int, sampling: Sampling) -> np.ndarray:
