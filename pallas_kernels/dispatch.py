@@ -35,11 +35,13 @@ def dispatch(
     """
     if implementation is not None and implementation not in implementations:
         raise ValueError(f"implementation: {op} has {sorted(implementations)}, not {implementation!r}")
-    if platform is None and implementation is None:
-        platform = default_platform()
-    if platform is not None and implementation is None and platform not in order:
-        raise ValueError(f"platform: {op} knows {sorted(order)}, not {platform!r}")
-    names = order[platform] if implementation is None else (implementation,)  # type: ignore[index]
+    if implementation is not None:
+        names: Sequence[str] = (implementation,)
+    else:
+        platform = platform or default_platform()
+        if platform not in order:
+            raise ValueError(f"platform: {op} knows {sorted(order)}, not {platform!r}")
+        names = order[platform]
     refusals: list[NotImplementedError] = []
     for name in names:
         try:
