@@ -11,7 +11,7 @@ from pallas_kernels.flash_partial import blockwise, reference
 from pallas_kernels.partial import Partial
 
 IMPLEMENTATIONS = {"blockwise": blockwise.flash_partial, "reference": reference.flash_partial}
-ORDER = dict.fromkeys(("cpu", "tpu", "gpu"), ("blockwise", "reference"))
+ORDER = {platform: ("blockwise", "reference") for platform in ("cpu", "tpu", "gpu")}
 
 
 def flash_partial(

@@ -11,7 +11,7 @@ from pallas_kernels.paged_partial import blockwise, reference
 from pallas_kernels.partial import Partial
 
 IMPLEMENTATIONS = {"blockwise": blockwise.paged_partial, "reference": reference.paged_partial}
-ORDER = dict.fromkeys(("cpu", "tpu", "gpu"), ("blockwise", "reference"))
+ORDER = {platform: ("blockwise", "reference") for platform in ("cpu", "tpu", "gpu")}
 
 
 def paged_partial(
