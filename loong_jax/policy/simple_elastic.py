@@ -252,10 +252,12 @@ class _Planner:
         for instance in self.view.instances:
             if instance.prefilling and decode_mask >> instance.instance & 1:
                 fair &= ~(1 << instance.instance)
-        candidates = self._admitted(candidates)
         prefills: list[PlannedPrefill] = []
         reservations: list[Reservation] = []
-        while candidates:
+        if not fair & self.room:
+            return prefills, reservations  # nothing to give, and nothing to hold
+        candidates = self._admitted(candidates)
+        while candidates and fair & self.room & ~self.taken:
             planned = self._batch(candidates, fair & ~self.taken)
             if planned is None:
                 candidates = candidates[1:]
