@@ -1,5 +1,5 @@
-"""Random schedules on the real data plane: whatever groups, chunks, splits, masters, context forms, migrations, evictions,
-aborts, forks and failed steps a schedule holds, tokens are the oracle's, all invariants hold and no page leaks.
+"""Random schedules on the real data plane: whatever groups, chunks, splits, masters, context forms, migrations,
+evictions, aborts, forks and failed steps a schedule holds, tokens are the oracle's, all invariants hold, no page leaks.
 
 The mock's twin, which proves the manager on ten thousand schedules in seconds, is `test_chaos_mock.py`.
 """
