@@ -87,9 +87,9 @@ def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True) -> ScheduleR
     manager = Manager(cluster, limits, policy(), LinearCost())
     controls = Controls(executor.advance, executor.fail, executor.lose, lambda: executor.steps_in_flight)
     # Faults in a third of the schedules only: they hide what an undisturbed run shows.
-    config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)))
-    if rng.random() > 0.33:
-        config = config._replace(p_fail=0.0, p_lose=0.0)
+    config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)), p_fork=rng.choice((0.0, 0.02, 0.15)))
+    faults = rng.choice((0, 0, 1))
+    config = config._replace(p_fail=0.03 * faults, p_lose=0.01 * faults)
     run = Schedule(manager, executor, inbox, config, rng, controls, ready).run()
     for outcome in run.outcomes:
         check_outcome(outcome, oracle)
