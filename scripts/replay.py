@@ -3,8 +3,8 @@
     python scripts/replay.py LOG [--describe]
 
 Builds the manager that the log's header names, feeds it every event at its time, and compares the digest of its
-commands with the recorded one. Exit code 0: all equal. 1: they differ; the first difference is printed with the
-manager's state. 2: the file is no event log, or names a policy that this version lacks.
+commands with the recorded one. Exit code 0: all equal. 1: they differ, or the manager stopped on a bug of ours; where
+that happened is printed with the manager's state. 2: the file is no event log, or names a policy that this version lacks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from loong_jax import __version__, codec
 from loong_jax.cost.linear import LinearCost
 from loong_jax.eventlog import EventLogError, LogFrame, read_event_log
+from loong_jax.issue import PlanError
+from loong_jax.ledger import InvariantError
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
 from loong_jax.types import AnyCommand
@@ -32,7 +34,12 @@ def replay(path: Path, *, describe: bool) -> int:
     manager = Manager(header.cluster, header.limits, policy, LinearCost(header.coefficients))
     num_events = num_commands = 0
     for frame in frames:
-        commands = manager.handle(frame.event, frame.now_us)
+        try:
+            commands = manager.handle(frame.event, frame.now_us)
+        except (PlanError, InvariantError) as error:
+            print(f"event {num_events} at {frame.now_us} us: {_short(frame.event)}\n{type(error).__name__}: {error}")
+            print(f"state after it:\n{manager.describe()}")
+            return 1
         if codec.digest(commands) != frame.commands_digest:
             _report(num_events, frame, commands, manager)
             return 1

@@ -15,7 +15,17 @@ from loong_jax.cost.linear import LinearCost
 from loong_jax.eventlog import EventLogError, EventLogWriter, LogHeader, read_event_log
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
-from loong_jax.types import AnyEvent, Arrived, CostUpdated, PrefillRow, ProgramReady, RunDecode, RunPrefill, StepDone
+from loong_jax.types import (
+    AnyEvent,
+    Arrived,
+    CostUpdated,
+    PrefillRow,
+    ProgramReady,
+    RunDecode,
+    RunPrefill,
+    StepDone,
+    Tick,
+)
 from tests.support.schedules import arcs
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +103,17 @@ def test_replay_finds_the_first_difference(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"event {tampered} at" in done.stdout
     assert "instance 0" in done.stdout  # describe()
+
+
+def test_replay_tells_where_the_manager_stopped(tmp_path: Path) -> None:
+    writer = EventLogWriter(tmp_path / "log", HEADER)
+    writer.write(10, Tick(), ())
+    writer.write(5, Tick(), ())  # the clock runs back
+    writer.close()
+    done = run_replay(tmp_path / "log")
+    assert done.returncode == 1
+    assert "event 1 at 5 us" in done.stdout
+    assert "INV-3" in done.stdout
 
 
 def test_replay_refuses_other_policies(tmp_path: Path) -> None:
