@@ -3,8 +3,8 @@
     python scripts/replay.py LOG [--describe]
 
 Builds the manager that the log's header names, feeds it every event at its time, and compares the digest of its
-commands with the recorded one. Exit code 0: all equal. 1: they differ, or the manager stopped on a bug of ours; where
-that happened is printed with the manager's state. 2: the file is no event log, or names a policy that this version lacks.
+commands with the recorded one. Exit code 0: all equal. 1: they differ, or the manager stopped on a bug of ours; the
+event and the manager's state are printed. 2: the file is no event log, or names a policy that this version lacks.
 """
 
 from __future__ import annotations
