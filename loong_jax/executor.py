@@ -42,6 +42,9 @@ from loong_jax.types import (
     Truncate,
 )
 
+Uploads = list[tuple[int, np.ndarray]]
+"""(rank, page table) of the members whose table changed too much for deltas."""
+
 
 class Executor:
     """One per process. `post` is called from the reader and compile threads."""
@@ -86,11 +89,11 @@ class Executor:
 
     def _run(self, command: StepCommand) -> None:
         program, instances = self._program_of(command)
-        staged = self._stage(command, program)
+        staged, uploads = self._stage(command, program)
         if not self._devices.is_local(instances):
             return
         try:
-            sampled = self._call(program, instances, staged)
+            sampled = self._call(program, instances, staged, uploads)
         except Exception as error:  # noqa: BLE001 - whatever the runtime raises, the donated pools are gone
             self._post(StepFailed(command.step, instances, f"{type(error).__name__}: {error}"))
             return
@@ -109,34 +112,36 @@ class Executor:
             case CopyPages():
                 return Program(Phase.COPY, 1, move_pages), (command.instance,)
 
-    def _stage(self, command: StepCommand, program: Program) -> Staged:
+    def _stage(self, command: StepCommand, program: Program) -> tuple[Staged, Uploads]:
         """Stage the step and let the page tables know of it, in the order its reads demand."""
         shape = self._shapes[program]
         if isinstance(command, RunPrefill):
             staged = stage_prefill(command, shape, self._tables)
-            self._take_deltas(command.instances, staged)
+            uploads = self._take_deltas(command.instances, staged)
             self._tables.apply(command)
-            return staged
+            return staged, uploads
         self._tables.apply(command)
         if isinstance(command, RunDecode):
             staged = stage_decode(command, shape, self._tables)
         else:
             staged = stage_transfer(command, shape)
-        self._take_deltas(self._program_of(command)[1], staged)
-        return staged
+        return staged, self._take_deltas(self._program_of(command)[1], staged)
 
-    def _take_deltas(self, instances: Group, staged: Staged) -> None:
+    def _take_deltas(self, instances: Group, staged: Staged) -> Uploads:
+        uploads = []
         for rank, instance in enumerate(instances):
             table = self._tables.tables[instance]
             if not table.take_deltas(staged.deltas[rank]):
                 staged.deltas[rank, :, 0] = len(table.entries)
-                entries = table.upload()
-                if self._devices.is_local((instance,)):
-                    self.states.take(instances)
-                    self.states.upload_table(instances, rank, entries)
+                uploads.append((rank, table.upload()))
+        return uploads
 
-    def _call(self, program: Program, instances: Group, staged: Staged) -> jax.Array:
+    def _call(self, program: Program, instances: Group, staged: Staged, uploads: Uploads) -> jax.Array:
         compiled = self._programs.get(program, instances) or self._programs.compile(program, instances)
+        for rank, entries in uploads:
+            if self._devices.is_local((instances[rank],)):
+                self.states.take(instances)
+                self.states.upload_table(instances, rank, entries)
         packed = self._devices.argument(instances, staged.packed)
         state = self.states.take(instances)
         match program.phase:

@@ -18,6 +18,10 @@ Group = tuple[int, ...]
 State = InstanceState[jax.Array]
 
 
+class StateLost(RuntimeError):
+    """A member's buffers went with a failed step, and no `reset` has come yet."""
+
+
 class InstanceStates:
     """The state of all instances with devices in this process."""
 
@@ -30,7 +34,11 @@ class InstanceStates:
         self._group_of = dict.fromkeys(everyone, everyone)
 
     def take(self, instances: Group) -> State:
-        """The group's state, to be donated; `put` must follow."""
+        """The group's state, to be donated; `put` must follow. Raises StateLost, with all other views left as they
+        are."""
+        for group in {self._group_of[i] for i in instances}:
+            if self._is_lost(group):
+                raise StateLost(f"the pools of instances {group} were lost with a step")
         if instances not in self._views:
             self._regroup(instances)
         return self._views[instances]
@@ -113,11 +121,14 @@ class InstanceStates:
                 self._assemble((other,), parts)
 
     def _split_alive(self, group: Group) -> dict[int, list[State]]:
-        state = self._views.get(group)
-        if state is not None and any(array.is_deleted() for array in state):
+        if self._is_lost(group):
             self._views.pop(group)
             return {i: [] for i in group}
         return self._split(group)
+
+    def _is_lost(self, group: Group) -> bool:
+        state = self._views.get(group)
+        return state is not None and any(array.is_deleted() for array in state)
 
     def _zeros(self, instances: Group) -> State:
         """Pools are made by a program: buffers from the host are not always donated in place at first."""

@@ -8,8 +8,6 @@ accounting of free pages or refcounts (`ledger.py`), or anything that knows JAX.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from loong_jax.buckets import units
@@ -39,8 +37,8 @@ class _Region:
 
     __slots__ = ("capacity", "index", "length", "start")
 
-    def __init__(self, start: int, capacity: int):
-        self.start, self.capacity, self.length = start, capacity, 0
+    def __init__(self):
+        self.start = self.capacity = self.length = 0
         self.index: dict[int, int] = {}
 
 
@@ -73,11 +71,11 @@ class InstanceTable:
         """A new page, or the new run of a page the request already has here."""
         region = self._regions.get(request)
         if region is None:
-            region = self._regions[request] = _Region(self._allocate(_MIN_REGION), _MIN_REGION)
+            region = self._regions[request] = _Region()
         offset = region.index.get(page)
         if offset is None:
             if region.length == region.capacity:
-                region = self._grow(request, region)
+                self._grow(request, region)
             offset = region.index[page] = region.length
             region.length += 1
         self._write(region.start + offset, page, run.first, run.count)
@@ -135,42 +133,42 @@ class InstanceTable:
         self.entries[entry] = page, first, count
         self._pending[entry] = None
 
-    def _allocate(self, capacity: int) -> int:
+    def _allocate(self, capacity: int) -> int | None:
         free = self._free.get(capacity)
         if free:
             return free.pop()
         if self._bump + capacity > len(self.entries):
-            self._compact()
-            if self._bump + capacity > len(self.entries):
-                raise TableFull(f"page table of {len(self.entries)} entries is full")
+            return None
         start, self._bump = self._bump, self._bump + capacity
         return start
 
-    def _grow(self, request: int, region: _Region) -> _Region:
-        grown = _Region(self._allocate(2 * region.capacity), 2 * region.capacity)
-        grown.length, grown.index = region.length, region.index
-        # compaction may have moved the old region, so its start is read only now
-        self.entries[grown.start : grown.start + region.length] = self.entries[
-            region.start : region.start + region.length
-        ]
-        self._pending.update(dict.fromkeys(range(grown.start, grown.start + region.length)))
-        self._free.setdefault(region.capacity, []).append(region.start)
-        self._regions[request] = grown
-        return grown
+    def _grow(self, request: int, region: _Region) -> None:
+        capacity = max(2 * region.capacity, _MIN_REGION)
+        start = self._allocate(capacity)
+        if start is None:
+            self._compact(request)
+            return
+        self.entries[start : start + region.length] = self.entries[region.start : region.start + region.length]
+        self._pending.update(dict.fromkeys(range(start, start + region.length)))
+        if region.capacity:
+            self._free.setdefault(region.capacity, []).append(region.start)
+        region.start, region.capacity = start, capacity
 
-    def _compact(self) -> None:
+    def _compact(self, request: int) -> None:
+        """Lay all regions out anew, one entry more for `request`. Half of what is spare goes to the regions, so that
+        the next compaction is far; whatever their sizes, a table with a free entry takes one more."""
+        used = sum(region.length for region in self._regions.values())
+        spare = len(self.entries) - used - 1
+        if spare < 0:
+            raise TableFull(f"page table of {len(self.entries)} entries is full")
         old, self._bump, self._free = self.entries.copy(), 0, {}
-        for region in self._regions.values():
+        for owner, region in self._regions.items():
             held = old[region.start : region.start + region.length]
-            region.start, region.capacity = self._bump, max(region.length, 1)
+            region.start = self._bump
+            region.capacity = region.length + spare * region.length // (2 * max(used, 1)) + (owner == request)
             self.entries[region.start : region.start + region.length] = held
             self._bump += region.capacity
         self.stale = True
-
-
-class ContextRange(NamedTuple):
-    start: int
-    length: int
 
 
 class PageTables:
