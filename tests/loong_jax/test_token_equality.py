@@ -7,17 +7,13 @@ by changing masters on changing groups. Judged by the oracle (1e-4), and by what
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 
 from loong_jax.config import ClusterConfig, LadderConfig
-from loong_jax.esp.groups import Devices
-from loong_jax.model.checkpoint import load_checkpoint
-from loong_jax.model.hf_config import read_config
 from loong_jax.types import ContextForm, Sampling
 from tests.support.plane import Plane, Sequence
-from tests.support.real_engine import Judge
+from tests.support.real_engine import DataPlane
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 NUM_TOKENS = 12
@@ -79,15 +75,13 @@ def decode(plane: Plane, sequence: Sequence, dop: int, kept: list[int]) -> None:
 
 def run(case: Case, lengths: tuple[int, ...]) -> None:
     directory = FIXTURES / "models" / case.fixture
-    model, cluster = read_config(directory), cluster_for(case)
-    devices = Devices(jax.devices(), NUM_INSTANCES, case.tp)
-    weights = load_checkpoint(directory, model, tp=case.tp, devices=devices.by_instance, stacked=False)
-    plane, judge = Plane(model, cluster, weights), Judge(directory, model)
+    plane = Plane(DataPlane(directory, cluster_for(case)))
+    model, judge = plane.data.model, plane.data.judge
     tolerance = TOLERANCE[model.dtype]
     num_tokens = num_ties = 0
-    for request, length in enumerate(lengths):
+    for length in lengths:
         prompt = np.random.default_rng(length).integers(3, model.vocab_size, length)  # as in record_transformers.py
-        sequence = Sequence(request, prompt.tolist(), NUM_INSTANCES, Sampling())
+        sequence = plane.sequence(prompt.tolist())
         kept = list(range(min(2, case.dop)))
         prefill_in_chunks(plane, sequence, tuple(range(case.dop)), kept)
         decode(plane, sequence, case.dop, kept)

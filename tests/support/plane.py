@@ -74,8 +74,13 @@ class Sequence:
     def generated(self) -> list[int]:
         return self.tokens[self.prompt_len :]
 
-    def holders(self) -> tuple[int, ...]:
-        return tuple(i for i, pages in enumerate(self.homes) if pages)
+    @property
+    def kv_len(self) -> int:
+        """Positions with KV."""
+        return sum(run.count for pages in self.homes for run in pages.values())
+
+    def holders(self) -> set[int]:
+        return {i for i, pages in enumerate(self.homes) if pages}
 
     def missing(self) -> list[Run]:
         """Runs of `[0, known)` without KV."""
@@ -135,7 +140,7 @@ class Plane:
 
     def free(self, sequence: Sequence, instances: tuple[int, ...] | None = None) -> None:
         """Drop its KV, everywhere or on some instances: that leaves holes."""
-        instances = sequence.holders() if instances is None else instances
+        instances = tuple(sorted(sequence.holders())) if instances is None else instances
         self.executor.submit(Free(sequence.request, instances))
         for instance in instances:
             self._free[instance] += sequence.homes[instance]
