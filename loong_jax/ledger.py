@@ -145,7 +145,8 @@ class Ledger:
                 run = Run(entry.first, min(entry.end, kv_len) - entry.first)
                 if run.count <= 0:
                     break
-                if self._entries[instance] >= self._table_entries:
+                # Every free page may become an entry too; only sharing adds an entry without taking a page.
+                if self._entries[instance] + len(self._free[instance]) >= self._table_entries:
                     break
                 if run.end == kv_len and run.count < self.page_tokens:
                     if instance in copy_on and self._free[instance]:
@@ -206,5 +207,6 @@ class Ledger:
             used = sum(count > 0 for count in seen[instance])
             if not (len(free) + used == self.num_pages):
                 raise InvariantError(f"INV-4: instance {instance}: {len(free)} + {used}")
-            if not (sum(seen[instance]) == self._entries[instance] <= self._table_entries):
-                raise InvariantError(f"entries of {instance}")
+            entries = sum(seen[instance])
+            if entries != self._entries[instance] or entries + len(free) > self._table_entries:
+                raise InvariantError(f"INV-4: the page table of instance {instance} may run over: {entries} entries")

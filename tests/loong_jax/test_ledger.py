@@ -116,15 +116,18 @@ def test_fork_goes_without_where_it_cannot_copy() -> None:
 
 
 def test_fork_stops_at_the_table_s_end() -> None:
-    """An instance's page table holds 2 * pages + 2 * slots entries, however often pages are shared."""
-    ledger = make_ledger(pages=8, slots=1)
+    """An instance's page table holds 2 * pages + 2 * slots entries, however often pages are shared; and every free page
+    must still find an entry."""
+    ledger = make_ledger(pages=10, slots=1)
     fill(ledger, 0, 0, 0, 32)
     for child in range(1, 6):
         ledger.fork(0, child, 32, frozenset())
         ledger.check()
     assert ledger.tokens(1) == {0: 32}
-    assert ledger.tokens(2) == {0: 8}  # 18 entries: 8, 8, 2
+    assert ledger.tokens(2) == {0: 16}  # 22 entries: 8, 8, 4, and two for the free pages
     assert ledger.tokens(5) == {}
+    fill(ledger, 6, 0, 0, 8)
+    ledger.check()
 
 
 def test_a_page_freed_twice_is_caught() -> None:
