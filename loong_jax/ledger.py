@@ -207,6 +207,6 @@ class Ledger:
             used = sum(count > 0 for count in seen[instance])
             if not (len(free) + used == self.num_pages):
                 raise InvariantError(f"INV-4: instance {instance}: {len(free)} + {used}")
-            entries = sum(seen[instance])
-            if entries != self._entries[instance] or entries + len(free) > self._table_entries:
-                raise InvariantError(f"INV-4: the page table of instance {instance} may run over: {entries} entries")
+            used_entries = sum(seen[instance])
+            if used_entries != self._entries[instance] or used_entries + len(free) > self._table_entries:
+                raise InvariantError(f"INV-4: the page table of instance {instance} may run over: {used_entries}")
