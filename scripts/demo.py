@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -29,13 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 READY_S = 600.0
 LINE_S = 3.0  # between two lines, where there is no terminal
 
-# Enough of a ladder for every DoP, small enough to compile in a minute on two cores.
+# One prefill and one decode program for every DoP and set of neighbours: 66 executables of ten programs. On CPU an
+# executable of this model takes some 800 memory mappings, and Linux grants a process 65,530 by default.
 SERVER_FLAGS = {
     "--platform": "cpu",
     "--instances": "8",
     "--warm-up": "full",
-    "--prefill-buckets": "128,1024",
-    "--decode-buckets": "1,8",
+    "--prefill-buckets": "512",
+    "--decode-buckets": "8",
+    "--chunk-tokens": "4096",
     "--pool-tokens": "65536",
     "--max-running": "64",
 }
@@ -181,7 +183,7 @@ async def watch_all(address: str, streams: list[Stream], console: Console) -> pb
         return await client.state()
 
 
-async def states(client: LoongClient, running: asyncio.Future) -> AsyncIterator[pb.State]:
+async def states(client: LoongClient, running: asyncio.Future) -> AsyncGenerator[pb.State, None]:
     while not running.done():
         try:
             yield await client.state()

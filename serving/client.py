@@ -110,7 +110,9 @@ class LoongClient:
     async def is_ready(self, timeout_s: float = 5.0) -> bool:
         """Whether the health service says SERVING; False also when nobody listens."""
         try:
-            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+            answer = await self._health.Check(  # pyright: ignore[reportAttributeAccessIssue] (the stub sets it when made)
+                health_pb2.HealthCheckRequest(), timeout=timeout_s
+            )
         except grpc.aio.AioRpcError:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -121,6 +121,7 @@ class _Leader:
             await self._serve(engine, model)
         finally:
             await self._server.stop()
+            await asyncio.to_thread(engine.loop.close)
         self._reporter.say("stopped")
 
     async def _serve(self, engine: Engine, model: ModelConfig) -> None:
@@ -140,7 +141,6 @@ class _Leader:
             raise EngineLost(self._crash)
         say("draining")
         await self._server.drain()
-        await asyncio.to_thread(engine.loop.close)
 
     def _load(self, engine: Engine, model: ModelConfig) -> None:
         """In a thread of its own. The engine runs at the end, and is ready when the last program has arrived."""

@@ -210,6 +210,8 @@ class EngineLoop:
         if self._thread.ident is not None:
             self._inbox.put(_CLOSE)
             self._thread.join(timeout_s)
+        elif self._event_log is not None:
+            self._event_log.close()
 
     def _check_alive(self) -> None:
         if self._thread.ident is None:

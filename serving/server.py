@@ -147,7 +147,7 @@ class LoongServer:
         self._loop = loop
         self._config = config
         self.servicer = LoongServicer(loop, tokenizer, limits)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_receive_message_length", config.max_message_bytes),

@@ -29,7 +29,7 @@ from loong_jax.types import (
 from serving.proto.loong.v1 import loong_pb2 as pb
 
 _WINDOW_US = 1_000_000
-_GroupKey = tuple[int, tuple[int, ...]]  # phase (pb.Phase), instances
+_GroupKey = tuple[pb.Phase, tuple[int, ...]]  # phase, instances
 
 
 class _Group:
@@ -128,7 +128,7 @@ class EngineState:
 
     def _step_issued(
         self,
-        phase: int,
+        phase: pb.Phase,
         step: int,
         instances: tuple[int, ...],
         requests: list[int],
@@ -164,8 +164,11 @@ class EngineState:
             group_of[request] = instances
 
     def _step_over(self, step: int, now_us: int) -> None:
-        key, num_tokens = self._steps.pop(step, (None, 0))
-        group = self._groups.get(key) if key is not None else None
+        known = self._steps.pop(step, None)
+        if known is None:
+            return
+        key, num_tokens = known
+        group = self._groups.get(key)
         if group is not None:
             group.step_done(num_tokens, now_us)
             self._drop_if_over(key)
