@@ -88,7 +88,9 @@ def calibrated_params(config: ModelConfig, seed: int) -> Params:
         _calibrate_layer(params, config, layer, rng)
     params["final_norm"] = _norm_weights(rng, config.hidden_size)
     params["final_norm"][0] = 0.0  # a tied head would add the constant to all logits
-    hidden = rms_norm(_residual(params, config, config.num_layers), jnp.asarray(params["final_norm"]), config.norm_eps)
+    hidden = rms_norm(
+        jnp.asarray(_residual(params, config, config.num_layers)), jnp.asarray(params["final_norm"]), config.norm_eps
+    )
     params["final_norm"] *= LOGITS / np.std(hidden @ params["embed" if config.tie_embeddings else "lm_head"].T)
     return params
 
@@ -132,7 +134,7 @@ def _calibrate_layer(params: Params, config: ModelConfig, layer: int, rng: np.ra
         scores = q[:: PROBE_TOKENS // 256, head] @ k[:, head * config.num_kv_heads // num_heads].T * dim**-0.5
         wanted = LOCAL_SCORES if local[head] else FAR_SCORES
         weights["qkv"][:, head * dim : (head + 1) * dim] *= wanted / scores.std()
-    _add_bump(weights["qkv"], config, local, np.mean(normed[:, 0] ** 2))
+    _add_bump(weights["qkv"], config, local, float(np.mean(normed[:, 0] ** 2)))
 
     # Gains: what each kind of head, then the FFN, adds to the residual.
     o, down = weights["o"].copy(), weights["down"].copy()

@@ -18,8 +18,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 LENGTHS = (5, 16, 63, 250, 1000, 2500, 6000)
 POSITIONS, TOP, GREEDY = 48, 8, 16

@@ -28,6 +28,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
+# jaxlib has no stubs: to a type checker jax.Device is a variable.
+Device = Any
+
 Progress = Callable[[int, int], None]
 """progress(bytes done, bytes in all)."""
 
@@ -193,7 +196,7 @@ def load_checkpoint(
     config: ModelConfig,
     *,
     tp: int,
-    devices: Sequence[Sequence[jax.Device | None]],
+    devices: Sequence[Sequence[Device | None]],
     stacked: bool,
     progress: Progress | None = None,
 ) -> list[list[Params | None]]:
@@ -216,7 +219,11 @@ def load_checkpoint(
             for rank, leaf in zip(ranks, leaves, strict=True):
                 struct = _at(structs, leaf.path)
                 host = leaf.read(tensors, struct.shape[1:], struct.dtype)
-                targets = [(row[rank], tree[rank]) for row, tree in zip(devices, out, strict=True) if row[rank]]
+                targets = [
+                    (device, tree)
+                    for row, trees in zip(devices, out, strict=True)
+                    if (device := row[rank]) is not None and (tree := trees[rank]) is not None
+                ]
                 _place(host, leaf.path, targets, config.num_layers if stacked else None)
             done += sum(sizes[piece.name] for piece in leaves[0].pieces)
             if progress is not None:
@@ -224,7 +231,7 @@ def load_checkpoint(
     return out
 
 
-def _empty(config: ModelConfig, device: jax.Device | None) -> Params | None:
+def _empty(config: ModelConfig, device: Device | None) -> Params | None:
     return None if device is None else {"layers": [{} for _ in range(config.num_layers)]}
 
 
@@ -234,7 +241,7 @@ def _at(tree: Any, path: tuple[str | int, ...]) -> Any:
     return tree
 
 
-def _place(host: np.ndarray, path: tuple, targets: list[tuple[jax.Device, Params]], stack: int | None) -> None:
+def _place(host: np.ndarray, path: tuple, targets: list[tuple[Device, Params]], stack: int | None) -> None:
     """Put one leaf of one rank on its devices, and wait, so that host copies do not pile up."""
     placed = []
     for device, tree in targets:

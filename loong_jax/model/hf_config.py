@@ -28,24 +28,24 @@ def read_config(directory: str | Path) -> ModelConfig:
         if raw.get(field, only) != only:
             raise CheckpointError(f"{path}: {field}: {raw[field]!r} is not supported, only {only!r}")
     fields = _Fields(path, raw)
-    num_heads = fields.integer("num_attention_heads")
-    hidden_size = fields.integer("hidden_size")
-    head_dim = fields.integer("head_dim", hidden_size // num_heads if num_heads else 0)
+    num_heads = fields.positive("num_attention_heads")
+    hidden_size = fields.positive("hidden_size")
+    head_dim = fields.positive("head_dim", hidden_size // num_heads)
     try:
         return ModelConfig(
             family=family.name,
-            vocab_size=fields.integer("vocab_size"),
+            vocab_size=fields.positive("vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers"),
+            intermediate_size=fields.positive("intermediate_size"),
+            num_layers=fields.positive("num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+            num_kv_heads=fields.positive("num_key_value_heads", num_heads),
             head_dim=head_dim,
-            max_position=fields.integer("max_position_embeddings", 2048),
+            max_position=fields.positive("max_position_embeddings", 2048),
             rope=_read_rope(fields),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             tie_embeddings=fields.boolean("tie_word_embeddings", False),
-            bos_id=fields.integer("bos_token_id", -1) if raw.get("bos_token_id") is not None else None,
+            bos_id=fields.integer("bos_token_id") if raw.get("bos_token_id") is not None else None,
             eos_ids=_eos_ids(path, raw),
             dtype=_read_dtype(path, raw),
         )
@@ -82,6 +82,12 @@ class _Fields:
     def integer(self, field: str, default: int | None = None) -> int:
         return self._get(field, default, (int,))
 
+    def positive(self, field: str, default: int | None = None) -> int:
+        value = self.integer(field, default)
+        if value < 1:
+            raise CheckpointError(f"{self.path}: {self.prefix}{field}: {value} is not positive")
+        return value
+
     def number(self, field: str, default: float | None = None) -> float:
         return float(self._get(field, default, (float, int)))
 
@@ -108,7 +114,7 @@ def _read_rope(fields: _Fields) -> RopeConfig:
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
         high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position=rope.integer("original_max_position_embeddings"),
+        original_max_position=rope.positive("original_max_position_embeddings"),
     )
     if config.factor <= 0:
         raise CheckpointError(f"{fields.path}: {name}.factor: {config.factor} is not positive")
