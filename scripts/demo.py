@@ -28,6 +28,7 @@ from serving.proto.loong.v1 import loong_pb2 as pb
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 600.0
 LINE_S = 3.0  # between two lines, where there is no terminal
+WIDTH = 150  # of the summary there
 
 # One prefill and one decode program for every DoP and set of neighbours: 66 executables of ten programs. On CPU an
 # executable of this model takes some 800 memory mappings, and Linux grants a process 65,530 by default.
@@ -61,7 +62,9 @@ def main() -> int:
     args = parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=False)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     model, vocab_size = model_of(args, out)
     streams = make_streams(args, vocab_size)
     with server(model, out, console) as address:

@@ -68,7 +68,7 @@ class EngineState:
         self._waiting: set[int] = set()
         self._group_of: dict[int, tuple[int, ...]] = {}  # running request -> instances of its newest step
         self._steps: dict[int, tuple[_GroupKey, int]] = {}  # step in flight -> group, tokens
-        self._groups: dict[_GroupKey, _Group] = {}
+        self._groups: dict[_GroupKey, _Group] = {}  # all there ever were: as many as there are sets of instances
         self._owner: dict[int, _GroupKey] = {}  # instance -> group of its newest step
         self._counters = pb.Counters()
         self._scale_ups = self._scale_downs = self._steps_decode = self._tokens_generated = 0
@@ -137,19 +137,13 @@ class EngineState:
     ) -> None:
         key = (phase, instances)
         group = self._groups.get(key)
-        if group is None or now_us - group.last_us > _WINDOW_US:
-            in_flight = 0 if group is None else group.in_flight
+        if group is None or (group.in_flight == 0 and now_us - group.last_us > _WINDOW_US):
             group = self._groups[key] = _Group(now_us)
-            group.in_flight = in_flight
         group.in_flight += 1
         group.num_requests = len(requests)
         self._steps[step] = (key, num_tokens)
         for instance in instances:
-            previous = self._owner.get(instance)
-            if previous != key:
-                self._owner[instance] = key
-                if previous is not None:
-                    self._drop_if_over(previous)
+            self._owner[instance] = key
         self._count_scaling(instances, requests)
 
     def _count_scaling(self, instances: tuple[int, ...], requests: list[int]) -> None:
@@ -168,20 +162,18 @@ class EngineState:
         if known is None:
             return
         key, num_tokens = known
-        group = self._groups.get(key)
-        if group is not None:
-            group.step_done(num_tokens, now_us)
-            self._drop_if_over(key)
+        self._groups[key].step_done(num_tokens, now_us)
 
     def _instances_lost(self, lost: frozenset[int], now_us: int) -> None:
         for step in [step for step, (key, _) in self._steps.items() if not lost.isdisjoint(key[1])]:
             self._step_over(step, now_us)
 
-    def _drop_if_over(self, key: _GroupKey) -> None:
-        """Forget a group whose instances have gone on to others."""
-        group = self._groups.get(key)
-        if group is not None and group.in_flight <= 0 and any(self._owner[i] != key for i in key[1]):
-            del self._groups[key]
+    def _is_current(self, key: _GroupKey, now_us: int) -> bool:
+        """Has steps in flight, or had some just now and its instances have not gone on to others."""
+        group = self._groups[key]
+        if group.in_flight > 0:
+            return True
+        return now_us - group.last_us < _WINDOW_US and all(self._owner[instance] == key for instance in key[1])
 
     # ------------------------------------------------------------------------------------------------ snapshot
 
@@ -203,7 +195,7 @@ class EngineState:
                 tokens_per_s=group.rate,
             )
             for (phase, instances), group in sorted(self._groups.items(), key=lambda item: item[0][1])
-            if group.in_flight > 0 or now_us - group.last_us < _WINDOW_US
+            if self._is_current((phase, instances), now_us)
         ]
         return pb.State(
             now_us=now_us,

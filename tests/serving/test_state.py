@@ -97,6 +97,18 @@ def test_two_steps_in_flight_are_one_group():
     assert tape.groups() == [(pb.PHASE_DECODE, (0,), 1)]
 
 
+def test_a_group_that_shares_an_instance_with_another_keeps_its_rate():
+    tape = Tape()
+    for step in range(0, 20, 2):  # each step takes 300 ms; instance 0 does both
+        tape.play(prefill(step, (0, 1), (0,), 90), decode(step + 1, (0,), (1,)), after_us=0)
+        tape.play(StepDone(step), StepDone(step + 1), after_us=150_000)
+    rates = {group.phase: group.tokens_per_s for group in tape.snapshot().groups}
+    assert 2.5 < rates[pb.PHASE_DECODE] < 4
+    tape.play(prefill(20, (0, 1), (0,), 90))
+    rates = {group.phase: group.tokens_per_s for group in tape.snapshot().groups}
+    assert 200 < rates[pb.PHASE_PREFILL] < 400
+
+
 def test_rates():
     tape = Tape()
     for step in range(200):  # two rows every 20 ms
