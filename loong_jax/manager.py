@@ -313,15 +313,18 @@ class Manager:
 
     def _lose_kv(self, instances: Iterable[int]) -> None:
         state = self.state
+        gone = sorted(instances)
         for request_id in list(state.active):
+            request = state.requests[request_id]
+            # The newest token is lost there too: no row may be fed from it.
+            request.device_group = tuple(i for i in request.device_group if i not in gone)
+            request.changed()
             held = state.ledger.tokens(request_id)
-            lost = tuple(i for i in sorted(instances) if i in held)
+            lost = tuple(i for i in gone if i in held)
             if not lost:
                 continue
-            request = state.requests[request_id]
             state.ledger.free(request_id, lost)
             request.holes = tuple(state.ledger.table.missing(request_id, request.issued - 1))
-            request.changed()
             self._out.append(Free(request_id, lost))
 
     def _settle(self, step: Step) -> None:

@@ -92,7 +92,8 @@ class RequestState:
         else:
             resident = tuple(Resident(i, held[i], len(pages(request, i))) for i in sorted(held))
         tail = ledger.open_page(request, issued - 1, self.last_master)
-        running = not self.holes
+        # Where every device that has the newest token lost its pool, only the host can feed it, once it knows it.
+        running = not self.holes and (issued == known or bool(self.device_group))
         return RequestView(
             request,
             self.arrived_us,
@@ -102,7 +103,7 @@ class RequestState:
             self.max_tokens,
             known - self.prompt_len,
             running,
-            () if running and issued > known else self.missing,
+            self.missing,
             resident,
             None if tail is None else (tail[0], ledger.page_tokens - tail[1].count),
             self.device_group if issued > known else (),

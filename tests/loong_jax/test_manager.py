@@ -472,6 +472,17 @@ def test_an_instance_is_reset_when_nothing_is_queued_on_it(bench: Bench) -> None
     bench.check()
 
 
+def test_a_token_is_not_fed_from_a_pool_that_was_lost(bench: Bench) -> None:
+    bench.arrive(1, 4)
+    bench.prefill(1, (0, 1), [Run(0, 4)], [Share(0, 1)])
+    assert bench.view(1).device_group == (0, 1)
+    bench.handle(StepFailed(99, (1,), "boom"))
+    assert bench.view(1).device_group == (0,)
+    bench.handle(StepFailed(98, (0,), "boom"))
+    assert not bench.view(1).running
+    bench.check()
+
+
 def test_a_hole_is_recomputed_between_what_is_left(bench: Bench) -> None:
     bench.arrive(1, 12)
     keep = [Share(0, 1), Share(1, 1), Share(0, 1)]
