@@ -30,14 +30,10 @@ READY_S = 600.0
 LINE_S = 3.0  # between two lines, where there is no terminal
 WIDTH = 150  # of the summary there
 
-# One prefill and one decode program for every DoP and set of neighbours: 66 executables of ten programs. On CPU an
-# executable of this model takes some 800 memory mappings, and Linux grants a process 65,530 by default.
 SERVER_FLAGS = {
     "--platform": "cpu",
     "--instances": "8",
     "--warm-up": "full",
-    "--prefill-buckets": "512",
-    "--decode-buckets": "8",
     "--chunk-tokens": "4096",
     "--pool-tokens": "65536",
     "--max-running": "64",

@@ -70,8 +70,8 @@ def serve(
     max_waiting: flags.MaxWaiting = 1024,
     chunk_tokens: flags.ChunkTokens = 8192,
     dops: flags.Dops = "auto",
-    prefill_buckets: flags.PrefillBuckets = "128,512,2048,8192",
-    decode_buckets: flags.DecodeBuckets = "1,8,32,128",
+    prefill_buckets: flags.PrefillBuckets = "auto",
+    decode_buckets: flags.DecodeBuckets = "auto",
     warm_up: flags.WarmUp = "minimal",
     policy: flags.PolicyName = "simple_elastic",
     platform: flags.Platform = "default",
@@ -88,6 +88,7 @@ def serve(
     """
     with _told_errors():
         cluster = flags.cluster_config(
+            platform=flags.one_of("platform", platform, "default", "cpu"),
             instances=instances,
             tp=tp,
             pool_tokens=pool_tokens,

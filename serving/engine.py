@@ -160,7 +160,7 @@ def wanted_programs(
 
     The minimal ladder is the steps of DoP 1 and of the largest; `full` needs those of every DoP. Migrations and copies
     are made when the manager asks for them."""
-    from loong_jax.programs import device_sets, on_sets
+    from loong_jax.device_sets import device_sets, on_sets
 
     dops = cluster.ladder.dops
     sets = device_sets(cluster.num_instances, dops, platform)

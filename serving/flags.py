@@ -27,8 +27,12 @@ MaxRunning = Annotated[int, typer.Option(min=1, help="Requests running at once."
 MaxWaiting = Annotated[int, typer.Option(min=1, help="Requests waiting at once; more are refused.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="New tokens of one prefill step over its group.")]
 Dops = Annotated[str, typer.Option(help="Degrees of parallelism, as in 1,2,4,8. auto: by the number of instances.")]
-PrefillBuckets = Annotated[str, typer.Option(help="Sizes of prefill programs: tokens per instance.")]
-DecodeBuckets = Annotated[str, typer.Option(help="Sizes of decode programs: rows per master.")]
+PrefillBuckets = Annotated[
+    str, typer.Option(help="Sizes of prefill programs: tokens per instance. auto: 128,512,2048,8192; with cpu 512.")
+]
+DecodeBuckets = Annotated[
+    str, typer.Option(help="Sizes of decode programs: rows per master. auto: 1,8,32,128; with cpu 8.")
+]
 WarmUp = Annotated[
     str, typer.Option(help="Ready once programs are there for: 'minimal': DoP 1 and the largest; 'full': every DoP.")
 ]
@@ -54,8 +58,13 @@ Leader = Annotated[str, typer.Option(help="HOST:PORT of the leader's --control."
 ProcessId = Annotated[int, typer.Option(min=1, help="Number of this process, from 1.")]
 
 
+# An executable takes hundreds of memory mappings on CPU, and a process gets 65,530 by default.
+CPU_LADDER = LadderConfig(prefill_tokens=(512,), decode_rows=(8,))
+
+
 def cluster_config(
     *,
+    platform: str,
     instances: int,
     tp: int,
     pool_tokens: int,
@@ -69,14 +78,15 @@ def cluster_config(
     """Raises ConfigError."""
     if instances < 1:
         raise ConfigError("instances: must be positive")
-    ladder = LadderConfig(
-        prefill_tokens=numbers("prefill-buckets", prefill_buckets),
-        decode_rows=numbers("decode-buckets", decode_buckets),
+    ladder = ladder_for(instances, CPU_LADDER if platform == "cpu" else LadderConfig())
+    given = {
+        "prefill_tokens": ("prefill-buckets", prefill_buckets),
+        "decode_rows": ("decode-buckets", decode_buckets),
+        "dops": ("dops", dops),
+    }
+    ladder = msgspec.structs.replace(
+        ladder, **{field: numbers(flag, text) for field, (flag, text) in given.items() if text != "auto"}
     )
-    if dops == "auto":
-        ladder = ladder_for(instances, ladder)
-    else:
-        ladder = msgspec.structs.replace(ladder, dops=numbers("dops", dops))
     return ClusterConfig(
         num_instances=instances,
         tp=tp,

@@ -90,6 +90,8 @@ def _join_processes(config: EngineConfig, process_id: int) -> None:
         return
     import jax
 
+    # It would take SIGTERM away from us, to save training checkpoints.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(config.coordinator, config.num_processes, process_id)
 
 

@@ -6,6 +6,7 @@ from loong_jax.config import ConfigError
 from serving.flags import cluster_config, limits_config, numbers, one_of
 
 GOOD = {
+    "platform": "default",
     "instances": 8,
     "tp": 2,
     "pool_tokens": 65_000,
@@ -26,6 +27,9 @@ def test_good_flags():
     assert (cluster.tp, cluster.slots) == (2, 64)
     assert cluster_config(**{**GOOD, "dops": "1,8"}).ladder.dops == (1, 8)
     assert cluster_config(**{**GOOD, "instances": 6}).ladder.dops == (1, 2, 3, 4, 6)
+    auto = {**GOOD, "prefill_buckets": "auto", "decode_buckets": "auto"}
+    assert cluster_config(**auto).ladder.num_programs == 42
+    assert cluster_config(**{**auto, "platform": "cpu"}).ladder.num_programs == 12
     limits = limits_config(max_waiting=3, max_running=4, chunk_tokens=5)
     assert (limits.max_waiting, limits.max_running, limits.chunk_tokens) == (3, 4, 5)
 
