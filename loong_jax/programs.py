@@ -11,21 +11,20 @@ Several processes: a process holds only the programs whose mesh holds one of its
 off, because an executable of several processes is tied to them; JAX's own cache serves there.
 """
 
-import contextlib
 import logging
 import queue
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import jax
-from jax import monitoring
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from loong_jax import retarget
+from loong_jax import mappings, retarget
+from loong_jax.compile_watch import CompileWatch, heard_cache_hit
 from loong_jax.program_store import ProgramStore, environment
 from loong_jax.retarget import Device, RetargetError, Serialized
 from loong_jax.types import Program, ProgramReady
@@ -34,8 +33,6 @@ log = logging.getLogger(__name__)
 
 Instances = tuple[int, ...]
 
-_BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _PROBE_DEVICES = 8  # enough to verify retargeting; more only makes start-up longer
 
 
@@ -51,6 +48,10 @@ class StepFunction(NamedTuple):
     arguments: tuple[Any, ...]
     specs: tuple[Any, ...]
     donate: tuple[int, ...]
+
+
+class ProgramsFull(RuntimeError):
+    """This process cannot map one more executable (`mappings.py`)."""
 
 
 class Path(StrEnum):
@@ -98,7 +99,7 @@ class Programs:
         self._maker = _Maker(build, store, fingerprint)
         self._ready = False
         self._after_ready: Counter[tuple[Path, Origin]] = Counter()
-        self._watch = _CompileWatch()
+        self._watch = CompileWatch()
         self._pending: set[tuple[Program, Instances]] = set()
         self._requests: queue.SimpleQueue[tuple[Program, Instances] | None] = queue.SimpleQueue()
         self._background = threading.Thread(target=self._serve_requests, name="programs", daemon=True)
@@ -183,6 +184,7 @@ class Programs:
         self._requests.put(None)
         self._background.join()
         self._watch.close()
+        self._compiled.clear()
 
     def _ensure(self, program: Program, instances: Instances, path: Path) -> jax.stages.Compiled:
         key = (program, instances)
@@ -191,6 +193,11 @@ class Programs:
             compiled = self._compiled.get(key)
             if compiled is not None:
                 return compiled
+            if not mappings.room_for_executable():
+                raise ProgramsFull(
+                    f"{program} on {instances}: {len(self._compiled)} executables fill this process's memory mappings; "
+                    "use fewer buckets or instances, or raise vm.max_map_count"
+                )
             with self._watch.ours():
                 compiled, origin = self._maker.make(program, self._mesh_of(instances))
             self._compiled[key] = compiled
@@ -214,6 +221,8 @@ class Programs:
                 self._pending.discard(key)
             try:
                 self._ensure(*key, Path.BACKGROUND)
+            except ProgramsFull as error:
+                log.warning("%s", error)
             except Exception:
                 log.exception("cannot make %s on %s", *key)
             else:
@@ -250,7 +259,7 @@ class _Maker:
         if (compiled := self._load(program, key, devices)) is not None:
             return compiled, Origin.STORE
         with retarget.uncached():
-            compiled, from_cache = _heard(_CACHE_HIT_EVENT, lambda: self._compile(program, mesh))
+            compiled, from_cache = heard_cache_hit(lambda: self._compile(program, mesh))
         if not from_cache:
             self._keep(program, key, compiled, devices)
         return compiled, Origin.COMPILE
@@ -324,54 +333,6 @@ class _Maker:
         }
 
 
-class _CompileWatch:
-    """Counts backend compiles of the process that happen outside `ours()`, from `start` on."""
-
-    def __init__(self) -> None:
-        self.num_stray = 0
-        self._thread = threading.local()
-        self._started = False
-
-    def start(self) -> None:
-        if not self._started:
-            self._started = True
-            monitoring.register_event_duration_secs_listener(self._on_duration)
-
-    def close(self) -> None:
-        if self._started:
-            monitoring.unregister_event_duration_listener(self._on_duration)
-            self._started = False
-
-    @contextlib.contextmanager
-    def ours(self) -> Iterator[None]:
-        self._thread.ours = True
-        try:
-            yield
-        finally:
-            self._thread.ours = False
-
-    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
-        # JAX calls this in the compiling thread.
-        if event == _BACKEND_COMPILE_EVENT and not getattr(self._thread, "ours", False):
-            self.num_stray += 1
-
-
-def _heard(wanted: str, action: Callable[[], Any]) -> tuple[Any, bool]:
-    """The result of `action`, and whether JAX recorded the event `wanted` in this thread meanwhile."""
-    here = threading.get_ident()
-    heard = []
-
-    def listen(event: str, **_: Any) -> None:
-        if event == wanted and threading.get_ident() == here:
-            heard.append(event)
-
-    monitoring.register_event_listener(listen)
-    try:
-        return action(), bool(heard)
-    finally:
-        monitoring.unregister_event_listener(listen)
-
-
 def _placed(step: StepFunction, mesh: Mesh) -> tuple[Any, ...]:
     """The arguments' structs with their shardings on `mesh`."""
 
@@ -390,31 +351,3 @@ def _one_of_each_first(wanted: Sequence[tuple[Program, Instances]]) -> list[tupl
         (rest if key[0] in seen else first).append(key)
         seen.add(key[0])
     return first + rest
-
-
-def device_sets(num_instances: int, dops: Iterable[int], platform: str) -> list[Instances]:
-    """The sets of instances a program may run on, as sorted tuples, each DoP's together.
-
-    CPU: arcs, wrapping around. TPU and GPU, where each new set costs a compile or a communicator: first, over all
-    DoPs, the aligned blocks of a power of two, then the other arcs.
-    """
-    arcs = [arc for dop in dops for arc in _arcs(num_instances, dop)]
-    if platform == "cpu":
-        return arcs
-    return sorted(arcs, key=lambda arc: not _is_aligned(arc))  # stable
-
-
-def _arcs(num_instances: int, dop: int) -> list[Instances]:
-    starts = range(1 if dop == num_instances else num_instances)
-    return [tuple(sorted((start + rank) % num_instances for rank in range(dop))) for start in starts]
-
-
-def _is_aligned(instances: Instances) -> bool:
-    dop = len(instances)
-    return dop & (dop - 1) == 0 and instances[0] % dop == 0 and instances[-1] - instances[0] == dop - 1
-
-
-def on_sets(programs: Iterable[Program], sets: Iterable[Instances]) -> list[tuple[Program, Instances]]:
-    """Every program with every set of its size."""
-    sets = list(sets)
-    return [(program, instances) for program in programs for instances in sets if len(instances) == program.dop]

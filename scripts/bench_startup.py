@@ -78,8 +78,9 @@ def start(engine_name: str, num_instances: int, directory: str, started_s: float
     """One start, in this process; prints what it took as JSON."""
     import jax
 
+    from loong_jax.device_sets import device_sets, on_sets
     from loong_jax.program_store import ProgramStore, enable_jax_cache
-    from loong_jax.programs import Programs, device_sets, on_sets
+    from loong_jax.programs import Programs
 
     enable_jax_cache(Path(directory) / "jax")
     module, _, function = engine_name.rpartition(":")

@@ -6,7 +6,7 @@ The mock's twin, which proves the manager on ten thousand schedules in seconds, 
 
 import queue
 import random
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -38,10 +38,16 @@ SETTINGS = {
 }
 
 
-@cache
+@lru_cache(maxsize=1)  # a process cannot map the executables of all of them
 def data_plane(setting: str) -> DataPlane:
     fixture, cluster = SETTINGS[setting]
     return DataPlane(FIXTURES / fixture, cluster)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unload():
+    yield
+    data_plane.cache_clear()
 
 
 def run_schedule(setting: str, seed: int) -> list[Verdict]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from loong_jax import retarget
 from loong_jax.program_store import ProgramStore, enable_jax_cache
-from loong_jax.programs import Programs, StepFunction, device_sets, on_sets
+from loong_jax.programs import Programs, StepFunction
 from loong_jax.types import Phase, Program, ProgramReady
 
 DEVICES = jax.devices()
@@ -321,32 +321,3 @@ def test_programs_of_other_processes_are_skipped(start):
     programs.warm_up([(DECODE, (0, 1))])
     assert programs.ready == ()
     assert programs.events == []
-
-
-@pytest.mark.parametrize("num_instances", [1, 2, 3, 8])
-def test_arcs_on_cpu(num_instances):
-    dops = range(1, num_instances + 1)
-    sets = device_sets(num_instances, dops, "cpu")
-    assert len(sets) == len(set(sets)) == (num_instances - 1) * num_instances + 1
-    for instances in sets:
-        assert list(instances) == sorted(set(instances))
-        outside = [i for i in range(num_instances) if i not in instances]
-        ends = sum((i + 1) % num_instances not in outside for i in outside)
-        assert ends == min(1, len(outside)), f"{instances} is no arc"
-    assert [len(s) for s in sets] == sorted(len(s) for s in sets)
-
-
-def test_aligned_powers_of_two_first_elsewhere():
-    sets = device_sets(8, (1, 2, 3, 4, 8), "tpu")
-    assert sorted(sets) == sorted(device_sets(8, (1, 2, 3, 4, 8), "cpu"))
-    aligned = [(i,) for i in range(8)] + [(0, 1), (2, 3), (4, 5), (6, 7), (0, 1, 2, 3), (4, 5, 6, 7), tuple(range(8))]
-    assert sets[:15] == aligned
-
-
-def test_on_sets_pairs_programs_with_sets_of_their_size():
-    programs = [Program(Phase.DECODE, 1, 4), DECODE]
-    assert on_sets(programs, [(0,), (0, 1), (1, 2), (0, 1, 2)]) == [
-        (programs[0], (0,)),
-        (DECODE, (0, 1)),
-        (DECODE, (1, 2)),
-    ]

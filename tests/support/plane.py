@@ -6,11 +6,14 @@
 
 import queue
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 
 from loong_jax.buckets import decode_bucket, prefill_bucket, units
@@ -36,7 +39,7 @@ from loong_jax.types import (
     StepDone,
     Truncate,
 )
-from tests.support.real_engine import DataPlane
+from tests.support.real_engine import TIE, DataPlane
 
 MODELS = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 GREEDY = Sampling()
@@ -52,6 +55,12 @@ CLUSTER = ClusterConfig(
     slots=16,
     ladder=LadderConfig(prefill_tokens=(64,), decode_rows=(4,), prefill_rows=4, move_pages=8),
 )
+
+
+# Where tp exceeds the KV heads of "gqa", each rank keeps one of them.
+TP_LADDER = LadderConfig(dops=(1, 2), prefill_tokens=(64,), decode_rows=(4,), prefill_rows=4, move_pages=8)
+TP2 = msgspec.structs.replace(CLUSTER, num_instances=4, tp=2, ladder=TP_LADDER)
+TP4 = msgspec.structs.replace(CLUSTER, num_instances=2, tp=4, ladder=TP_LADDER)
 
 
 @cache
@@ -161,12 +170,14 @@ class Plane:
                 elif run.end > kv_len:
                     pages[page] = Run(run.first, kv_len - run.first)
 
-    def check(self, *sequences: Sequence) -> None:
-        """Tokens and log-probabilities are the oracle's."""
+    def check(self, *sequences: Sequence, tolerance: float = 1e-4, tie: float = TIE) -> None:
+        """Tokens and log-probabilities are the oracle's (see `Judge.check`)."""
         for sequence in sequences:
             assert sequence.generated, "nothing to check"
             prompt = sequence.tokens[: sequence.prompt_len]
-            verdict = self.data.judge.check(prompt, sequence.generated, sequence.logprobs, sequence.sampling)
+            verdict = self.data.judge.check(
+                prompt, sequence.generated, sequence.logprobs, sequence.sampling, tolerance, tie
+            )
             assert verdict.num_ties == 0 or sequence.sampling.temperature == 0
 
     # ---- steps
@@ -315,3 +326,13 @@ def _first(missing: list[Run], count: int) -> tuple[Run, ...]:
             out.append(Run(run.first, min(run.count, count)))
             count -= run.count
     return tuple(out)
+
+
+@contextmanager
+def steady_plane(fixture: str = "gqa", cluster: ClusterConfig = CLUSTER) -> Iterator[Plane]:
+    """A plane whose pools must not have moved by the end, whatever steps ran."""
+    plane = Plane(data_plane(fixture, cluster))
+    before = plane.executor.states.pool_pointers()
+    yield plane
+    assert plane.executor.states.pool_pointers() == before, "a pool was copied"
+    plane.close()
