@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loong_jax import retarget
+from loong_jax.device_sets import on_sets
 from loong_jax.program_store import ProgramStore, enable_jax_cache
 from loong_jax.programs import Programs, StepFunction
 from loong_jax.types import Phase, Program, ProgramReady
