@@ -5,9 +5,12 @@ puts the results back; views are split and joined only when the group changes. W
 (`kv_pool.py`) or page accounting (`ledger.py`).
 """
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loong_jax.config import ClusterConfig, ModelConfig
@@ -26,12 +29,17 @@ class InstanceStates:
     """The state of all instances with devices in this process."""
 
     def __init__(self, devices: Devices, model: ModelConfig, cluster: ClusterConfig, platform: str):
-        self._devices, self._model, self._cluster, self._platform = devices, model, cluster, platform
+        self._devices, self._cluster = devices, cluster
+        structs = state_structs(model, cluster, 1, platform)
+        self._zeros: dict[int, jax.stages.Compiled] = {}  # of each local instance, so that `reset` compiles nothing
         self._views: dict[Group, State] = {}
         self._group_of: dict[int, Group] = {}
-        everyone = tuple(range(cluster.num_instances))
-        self._views[everyone] = self._zeros(everyone)
-        self._group_of = dict.fromkeys(everyone, everyone)
+        for instance in range(cluster.num_instances):
+            group = (instance,)
+            if devices.is_local(group):
+                self._zeros[instance] = _zero_maker(structs, devices.sharding(group, STATE_SPEC))
+                self._views[group] = self._zeros[instance]()
+            self._group_of[instance] = group
 
     def take(self, instances: Group) -> State:
         """The group's state, to be donated; `put` must follow. Raises StateLost, with all other views left as they
@@ -52,7 +60,7 @@ class InstanceStates:
             self._release(instance)
         for instance in instances:
             if self._devices.is_local((instance,)):
-                self._views[(instance,)] = self._zeros((instance,))
+                self._views[(instance,)] = self._zeros[instance]()
             self._group_of[instance] = (instance,)
 
     def upload_table(self, instances: Group, rank: int, entries: np.ndarray) -> None:
@@ -130,13 +138,13 @@ class InstanceStates:
         state = self._views.get(group)
         return state is not None and any(array.is_deleted() for array in state)
 
-    def _zeros(self, instances: Group) -> State:
-        """Pools are made by a program: buffers from the host are not always donated in place at first."""
-        structs = state_structs(self._model, self._cluster, len(instances), self._platform)
-        sharding = self._devices.sharding(instances, STATE_SPEC)
-        make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs), out_shardings=sharding)
-        with jax.set_mesh(self._devices.mesh(instances)):
-            return make()
+
+@cache
+def _zero_maker(structs: InstanceState[jax.ShapeDtypeStruct], sharding: NamedSharding) -> jax.stages.Compiled:
+    """Pools are made by a program: buffers from the host are not always donated in place at first."""
+    make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs), out_shardings=sharding)
+    with jax.set_mesh(sharding.mesh):
+        return make.lower().compile()
 
 
 class GroupWeights:

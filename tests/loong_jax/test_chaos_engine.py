@@ -7,41 +7,22 @@ The mock's twin, which proves the manager on ten thousand schedules in seconds, 
 import queue
 import random
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 
-from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
+from loong_jax.config import LimitsConfig
 from loong_jax.cost.linear import LinearCost
 from loong_jax.manager import Manager
 from tests.support.chaos_policy import ChaosPolicy
-from tests.support.real_engine import DataPlane, LossyExecutor, Verdict
+from tests.support.real_engine import CHAOS_CLUSTERS, FIXTURES, DataPlane, LossyExecutor, Verdict
 from tests.support.schedules import Controls, Schedule, ScheduleConfig, replay
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
-
-
-def small_cluster(num_instances: int, tp: int, ladder: LadderConfig) -> ClusterConfig:
-    return ClusterConfig(
-        num_instances, tp, page_tokens=4, pages_per_instance=24, ring_tokens=16, query_tile_tokens=16, slots=16,
-        ladder=ladder,
-    )  # fmt: skip
-
-
-SETTINGS = {
-    "four": (
-        "gqa",
-        small_cluster(4, 1, LadderConfig((1, 2, 3, 4), (16, 64), (1, 4), prefill_rows=3, move_pages=3)),
-    ),
-    "eight": ("gqa", small_cluster(8, 1, LadderConfig((1, 2, 3, 8), (16,), (4,), prefill_rows=3, move_pages=3))),
-    "tp2": ("mha", small_cluster(4, 2, LadderConfig((1, 2, 4), (32,), (4,), prefill_rows=3, move_pages=3))),
-}
+CHECKPOINTS = {"four": "gqa", "eight": "gqa", "tp2": "mha"}
 
 
 @lru_cache(maxsize=1)  # a process cannot map the executables of all of them
 def data_plane(setting: str) -> DataPlane:
-    fixture, cluster = SETTINGS[setting]
-    return DataPlane(FIXTURES / fixture, cluster)
+    return DataPlane(FIXTURES / CHECKPOINTS[setting], CHAOS_CLUSTERS[setting])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,7 +76,7 @@ def test_chaos(setting: str, first: int):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", CHECKPOINTS)
 @pytest.mark.parametrize("first", range(100_000, 103_400, 100))
 def test_chaos_at_length(setting: str, first: int):
     check_schedules(setting, range(first, first + 100))

@@ -16,7 +16,7 @@ import numpy as np
 
 import loong_jax
 import pallas_kernels
-from loong_jax.config import ClusterConfig, ModelConfig
+from loong_jax.config import ClusterConfig, LadderConfig, ModelConfig
 from loong_jax.esp.groups import Devices
 from loong_jax.esp.steps import StepBuilder
 from loong_jax.executor import Executor
@@ -40,6 +40,22 @@ from loong_jax.types import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "models"
+
+
+def _chaos_cluster(num_instances: int, tp: int, ladder: LadderConfig) -> ClusterConfig:
+    return ClusterConfig(
+        num_instances, tp, page_tokens=4, pages_per_instance=24, ring_tokens=16, query_tile_tokens=16, slots=16,
+        ladder=ladder,
+    )  # fmt: skip
+
+
+CHAOS_CLUSTERS = {
+    "four": _chaos_cluster(4, 1, LadderConfig((1, 2, 3, 4), (16, 64), (1, 4), prefill_rows=3, move_pages=3)),
+    "eight": _chaos_cluster(8, 1, LadderConfig((1, 2, 3, 8), (16,), (4,), prefill_rows=3, move_pages=3)),
+    "tp2": _chaos_cluster(4, 2, LadderConfig((1, 2, 4), (32,), (4,), prefill_rows=3, move_pages=3)),
+}
+"""Small pools and few programs, for schedules that pick at random. Tests that share one share its executables."""
 
 TIE = 1e-3
 """Below this margin between the two most likely tokens, a greedy token may differ (and is counted)."""
