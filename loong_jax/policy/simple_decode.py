@@ -1,0 +1,157 @@
+"""Decode in the elastic policy: rows to groups, groups to masters, an instance more when memory is short (DESIGN 4).
+
+What it is not: an eviction; a row that finds no page anywhere is noted in the draft, and the policy decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loong_jax.policy.draft import Draft
+from loong_jax.policy.groups import Group, mask_of, members
+from loong_jax.types import Phase, PlannedDecode, PlannedDecodeRow, RequestView
+
+
+class DecodeGroup:
+    """Decode rows whose KV ties them together. `need`: where that is; `group`: what will serve them, if READY."""
+
+    __slots__ = ("group", "need", "rows")
+
+    def __init__(self, need: int, group: Group | None, rows: list[RequestView]) -> None:
+        self.need = need
+        self.group = group
+        self.rows = rows
+
+    @property
+    def mask(self) -> int:
+        return self.group.mask if self.group is not None else self.need
+
+
+class DecodePlanner:
+    """`groups`: what `decoding` needs, before anything is planned; the draft's `load` counts their rows."""
+
+    def __init__(self, draft: Draft, decoding: Sequence[RequestView]) -> None:
+        self.draft = draft
+        self.groups = self._decode_groups(decoding)
+
+    def _decode_groups(self, decoding: Sequence[RequestView]) -> list[DecodeGroup]:
+        """Rows that share an instance are served together, as far as a READY group spans them all."""
+        out: list[DecodeGroup] = []
+        for request in decoding:
+            resident = request.resident
+            if len(resident) == 1:
+                need = 1 << resident[0].instance
+            elif resident:
+                need = mask_of(r.instance for r in resident)
+            else:
+                need = 1 << self._emptiest()
+            for group in out:
+                if group.need & need == need:  # the common case
+                    group.rows.append(request)
+                    break
+            else:
+                group = DecodeGroup(need, self.draft.ready.smallest(Phase.DECODE, need, self.draft.alive), [request])
+                if group.group is None and not self.draft.want(Phase.DECODE, need, 1):
+                    self.draft.stuck.append(request)
+                out.append(group)
+                self._merge(out, group)
+        for group in out:
+            if group.group is not None and group.group.mask != group.need:
+                self.draft.want(Phase.DECODE, group.need, len(group.rows))
+            for instance in members(group.mask):
+                self.draft.load[instance] += len(group.rows)
+        # Groups that overlap and cannot merge take turns.
+        out.sort(key=lambda group: (min(row.in_flight for row in group.rows), group.rows[0].request))
+        return out
+
+    def _emptiest(self) -> int:
+        return max(members(self.draft.alive), key=lambda i: (self.draft.free[i], -i))
+
+    def _merge(self, out: list[DecodeGroup], group: DecodeGroup) -> None:
+        """Take in the groups that `group` overlaps, where a READY group spans both."""
+        merged = True
+        while merged:
+            merged = False
+            for other in out:
+                if other is group or not other.mask & group.mask:
+                    continue
+                cover = self.draft.ready.smallest(Phase.DECODE, group.need | other.need, self.draft.alive)
+                if cover is not None:
+                    out.remove(other)
+                    group.need |= other.need
+                    group.group = cover
+                    group.rows = sorted(group.rows + other.rows, key=lambda row: row.request)
+                    merged = True
+                    break
+
+    @property
+    def mask(self) -> int:
+        """Instances of all groups."""
+        mask = 0
+        for group in self.groups:
+            mask |= group.mask
+        return mask
+
+    def plan(self) -> list[PlannedDecode]:
+        """A step for each group whose instances can take one, and that has a row to serve."""
+        out: list[PlannedDecode] = []
+        for group in list(self.groups):
+            if group not in self.groups or group.group is None or not self._may_run(group):
+                continue  # joined another on the way, or has to wait
+            rows, needy = self._masters(group.group, group.rows)
+            if needy:
+                self._scale_up(group, len(needy))
+                if not self._may_run(group):
+                    continue
+                rows, needy = self._masters(group.group, group.rows)
+                if needy:
+                    self.draft.block(needy[0])
+            if rows:
+                out.append(PlannedDecode(group.group.instances, tuple(rows)))
+                self.draft.taken |= group.mask
+        return out
+
+    def _may_run(self, group: DecodeGroup) -> bool:
+        return group.mask & ~(self.draft.room & ~self.draft.taken) == 0
+
+    def _masters(self, group: Group, rows: Sequence[RequestView]) -> tuple[list[PlannedDecodeRow], list[RequestView]]:
+        """A master per row: the holder of its open page, else the holder with the fewest rows that has a free page,
+        else any other member. Also the rows that find no page in the group; the oldest are served first."""
+        out: list[PlannedDecodeRow] = []
+        needy: list[RequestView] = []
+        instances, bucket, free = group.instances, group.bucket, self.draft.free
+        counts, used = dict.fromkeys(instances, 0), dict.fromkeys(instances, 0)
+        for row in rows:
+            device = row.device_group
+            if row.open_page is not None:
+                master = row.open_page[0]
+                if counts[master] >= bucket or (device and master not in device):
+                    continue
+            else:
+                spare = [i for i in instances if free[i] > used[i]]
+                if not spare:
+                    needy.append(row)
+                    continue
+                spare = [i for i in spare if counts[i] < bucket and (not device or i in device)]
+                if not spare:
+                    continue  # waits for the host, or for rows to leave
+                held = {r.instance for r in row.resident}
+                master = min(spare, key=lambda i: (i not in held, counts[i], -free[i], i))
+                used[master] += 1
+            counts[master] += 1
+            out.append(PlannedDecodeRow(row.request, master))
+        return out, needy
+
+    def _scale_up(self, group: DecodeGroup, num_pages: int) -> None:
+        """Instances more, for their free pages: nothing moves. The smallest group that has enough, or that has most."""
+        assert group.group is not None
+        best, most = group.group, sum(self.draft.free[i] for i in group.group.instances)
+        for wider in self.draft.ready.covering(Phase.DECODE, group.mask, self.draft.alive):
+            free = sum(self.draft.free[i] for i in wider.instances)
+            if free > most:
+                best, most = wider, free
+            if most >= num_pages:
+                break
+        if best is not group.group:
+            group.group, group.need = best, best.mask
+            self._merge(self.groups, group)

@@ -1,0 +1,101 @@
+"""Who is admitted, in which batch, on which group, and where the KV stays."""
+
+from __future__ import annotations
+
+import pytest
+
+from loong_jax.policy.groups import mask_of
+from loong_jax.policy.simple_prefill import PrefillPlanner, take
+from loong_jax.types import ContextForm, Run
+from tests.support.views import FOUR, LIMITS, decoding, draft, instance, prompting
+
+
+def batches(*requests, instances=FOUR, decode_mask: int = 0, **kwargs):
+    """(prefills, reservations), and the draft behind them."""
+    made = draft(requests, instances, **kwargs)
+    waiting = [request for request in requests if not request.running and request.in_flight == 0]
+    return *PrefillPlanner(made, decode_mask).plan(waiting), made
+
+
+@pytest.mark.parametrize(
+    ("missing", "num_units", "taken"),
+    [
+        ((Run(0, 10),), 9, (Run(0, 10),)),
+        ((Run(0, 10),), 2, (Run(0, 8),)),
+        ((Run(6, 10),), 1, (Run(6, 2),)),  # the cut falls on a page boundary
+        ((Run(6, 3), Run(20, 3)), 2, (Run(6, 3), Run(20, 3))),
+        ((Run(6, 3), Run(20, 30)), 3, (Run(6, 3), Run(20, 8))),
+        ((Run(6, 3),), 0, ()),
+    ],
+)
+def test_the_first_runs(missing, num_units, taken) -> None:
+    assert take(missing, num_units, 4) == taken
+
+
+def test_a_long_prompt_takes_a_chunk_and_leaves_up_to_half_of_it_to_those_behind() -> None:
+    two = [instance(0), instance(1)]
+    (prefill,), _, _ = batches(prompting(0, 60), instances=two)
+    assert [row.runs for row in prefill.rows] == [(Run(0, LIMITS.chunk_tokens),)]
+    (prefill,), _, _ = batches(prompting(0, 60), prompting(1, 12), prompting(2, 200), instances=two)
+    assert [(row.request, row.runs) for row in prefill.rows] == [(0, (Run(0, 20),)), (1, (Run(0, 12),))]
+
+
+def test_an_end_is_packed_and_what_lies_elsewhere_moves_there() -> None:
+    (prefill,), _, _ = batches(prompting(0, 24, {0: 2, 1: 2}))
+    assert len({share.instance for share in prefill.keep}) == 1
+    (rehome,) = prefill.rehome
+    assert (rehome.request, rehome.pages) == (0, 2)
+    assert rehome.dst == prefill.keep[0].instance
+    assert prefill.form is ContextForm.RING  # gathered queries would leave the context where it is
+
+
+def test_a_chunk_in_the_middle_is_kept_evenly() -> None:
+    (prefill,), _, made = batches(prompting(0, 200, {0: 2, 1: 2}), instances=[instance(0), instance(1)])
+    assert [share.pages for share in prefill.keep] == [4, 4]
+    assert not prefill.rehome
+    assert made.free == {0: 12, 1: 12}
+
+
+def test_one_that_does_not_fit_beside_the_others_waits_and_is_not_overtaken() -> None:
+    holder = prompting(0, 200, {0: 8}, in_flight=1)  # 50 pages in all
+    prefills, _, _ = batches(holder, prompting(1, 100), prompting(2, 4))
+    assert prefills == []
+    (prefill,), _, _ = batches(holder, prompting(2, 4))
+    assert [row.request for row in prefill.rows] == [2]
+
+
+def test_instances_with_full_queues_are_held() -> None:
+    busy = [instance(0, queued=2), instance(1), instance(2, alive=False), instance(3, alive=False)]
+    prefills, (held,), made = batches(prompting(0, 40, {0: 2}), instances=busy)
+    assert prefills == []
+    assert (held.request, 0 in held.instances, held.until_us) == (0, True, LIMITS.hold_us)
+    assert made.taken == mask_of(held.instances)
+
+
+def test_no_second_prefill_before_the_first_is_done_where_rows_decode() -> None:
+    row = decoding(0, {0: 1})
+    instances = [instance(0, queued=1, prefilling=1)]
+    assert batches(row, prompting(1, 8), instances=instances, decode_mask=1)[:2] == ([], [])
+    (prefill,), _, _ = batches(row, prompting(1, 8), instances=instances)  # nobody decodes there
+    assert prefill.instances == (0,)
+
+
+def test_a_holder_without_a_free_page_in_reach_is_blocked() -> None:
+    prompt = prompting(0, 80, {0: 8, 1: 8})
+    prefills, _, made = batches(prompt, instances=[instance(0, free=0), instance(1, free=0)])
+    assert prefills == []
+    assert made.blocked is prompt
+
+
+def test_a_holder_that_no_group_can_span_is_stuck() -> None:
+    prompt = prompting(0, 80, {0: 2, 1: 2, 2: 2})
+    assert batches(prompt)[2].stuck == []
+    prefills, _, made = batches(prompt, dops=(1, 2))
+    assert prefills == []
+    assert made.stuck == [prompt]
+
+
+def test_a_program_is_asked_for_when_none_is_ready() -> None:
+    prefills, _, made = batches(prompting(0, 8), ready=[])
+    assert prefills == []
+    assert [(p.program.dop, p.instances) for p in made.prepares] == [(1, (0,))]

@@ -1,0 +1,72 @@
+"""What a policy sees, by hand: a cluster of pages of four tokens, requests by what they hold, and a draft over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
+from loong_jax.cost.linear import LinearCost
+from loong_jax.policy.draft import Draft
+from loong_jax.policy.groups import ReadyGroups
+from loong_jax.types import InstanceView, Program, RequestView, Resident, Run, View
+from tests.support.schedules import arcs
+
+PAGE_TOKENS = 4
+LIMITS = LimitsConfig(chunk_tokens=32, decode_headroom_pages=1)
+
+
+def cluster(num_instances: int = 4, dops: Sequence[int] = (1, 2, 3, 4)) -> ClusterConfig:
+    ladder = LadderConfig(
+        dops=tuple(dop for dop in dops if dop <= num_instances), prefill_tokens=(16,), decode_rows=(2,)
+    )
+    return ClusterConfig(
+        num_instances, page_tokens=PAGE_TOKENS, pages_per_instance=16, ring_tokens=16, query_tile_tokens=16,
+        ladder=ladder,
+    )  # fmt: skip
+
+
+def instance(index: int, free: int = 16, queued: int = 0, prefilling: int = 0, alive: bool = True) -> InstanceView:
+    return InstanceView(index, free, 16, queued, prefilling, alive)
+
+
+FOUR = tuple(instance(index) for index in range(4))
+
+
+def decoding(
+    request: int,
+    pages: dict[int, int],
+    *,
+    open_page: tuple[int, int] | None = None,
+    device_group: tuple[int, ...] = (),
+    in_flight: int = 0,
+) -> RequestView:
+    """One that decodes, with `pages` by instance."""
+    resident = tuple(Resident(i, n * PAGE_TOKENS, n) for i, n in pages.items())
+    known = sum(pages.values()) * PAGE_TOKENS + 1
+    return RequestView(
+        request, request, known - 1, known, known, 100, 1, True, (Run(known - 1, 1),), resident, open_page,
+        device_group, in_flight, 0,
+    )  # fmt: skip
+
+
+def prompting(request: int, prompt_len: int, pages: dict[int, int] | None = None, in_flight: int = 0) -> RequestView:
+    """One whose first pages, `pages` by instance, hold KV, and whose other positions need prefill."""
+    resident = tuple(Resident(i, n * PAGE_TOKENS, n) for i, n in (pages or {}).items())
+    done = sum(r.tokens for r in resident)
+    return RequestView(
+        request, request, prompt_len, prompt_len, prompt_len, 100, 0, False, (Run(done, prompt_len - done),), resident,
+        None, (), in_flight, 0,
+    )  # fmt: skip
+
+
+def draft(
+    requests: Sequence[RequestView],
+    instances: Sequence[InstanceView] = FOUR,
+    ready: Sequence[tuple[Program, tuple[int, ...]]] | None = None,
+    dops: Sequence[int] = (1, 2, 3, 4),
+) -> Draft:
+    """READY by default: every program on every arc."""
+    config = cluster(len(instances), dops)
+    programs = frozenset(arcs(config) if ready is None else ready)
+    view = View(0, PAGE_TOKENS, tuple(instances), tuple(requests), programs)
+    return Draft(config, LIMITS, ReadyGroups(programs), view, LinearCost())
