@@ -23,6 +23,7 @@ from loong_jax.types import (
     Sampling,
     Truncate,
 )
+
 GREEDY = Sampling()
 NUM_ENTRIES, NUM_DELTAS = 24, 6
 

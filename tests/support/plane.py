@@ -265,7 +265,7 @@ class Plane:
 
     def finish(self, issued: Issued) -> None:
         """Wait for a step, the oldest under way, and take its tokens."""
-        event = self.events.get(timeout=600)
+        event = self.events.get(timeout=120)
         assert isinstance(event, StepDone), event
         assert event.step == issued.step
         for sequence, token, logprob in zip(issued.emitting, event.tokens, event.logprobs, strict=True):
@@ -283,7 +283,9 @@ class Plane:
 
     def pools(self) -> dict[int, list[np.ndarray]]:
         """A copy of every instance's pool, by tp rank: `[layers, pages, 2, kv_heads, page_tokens, pool_dim]`."""
-        return {i: [np.array(shard[0, 0]) for shard in self._shards(i, "kv")] for i in range(self.cluster.num_instances)}
+        return {
+            i: [np.array(shard[0, 0]) for shard in self._shards(i, "kv")] for i in range(self.cluster.num_instances)
+        }
 
     def tables(self) -> dict[int, list[np.ndarray]]:
         """A copy of every instance's page table, by tp rank: `[entries, 3]`."""
