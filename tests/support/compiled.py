@@ -1,7 +1,7 @@
 """Step programs compiled on their own, without weights or pools: their memory and their collectives.
 
-`compile_step` takes devices of any kind, also a topology's that are not at hand. What it is not: `loong_jax/programs.py`,
-whose executables may come from a store, which forgets what the compiler said.
+`compile_step` takes devices of any kind, also a topology's that are not at hand. What it is not:
+`loong_jax/programs.py`, whose executables may come from a store, which forgets what the compiler said.
 """
 
 import jax

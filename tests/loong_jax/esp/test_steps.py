@@ -1,7 +1,7 @@
 """Memory of the compiled steps: the state is donated and aliased whole, and what a step needs besides is small.
 
-On CPU as float32 and as bit patterns of bfloat16; on TPU by its real compiler, without a TPU. That addresses of pools do
-not change is held by all tests that run steps (`tests/support/plane.py`).
+On CPU as float32 and as bit patterns of bfloat16; on TPU by its real compiler, without a TPU. That addresses of pools
+do not change is held by all tests that run steps (`tests/support/plane.py`).
 """
 
 import importlib.util
