@@ -52,6 +52,7 @@ def test_forms_agree(plane: Plane):
         sequence = plane.sequence(prompt)
         plane.prefill(EIGHT, [(sequence, 270)], [0, 3, 4], form)
         plane.prefill(EIGHT, [(sequence, 30)], [7], form)
+        plane.check(sequence)
         logprobs += sequence.logprobs
     assert abs(logprobs[0] - logprobs[1]) < 2e-5
 
