@@ -14,6 +14,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\]<=)")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:to_apply|calls|true_computation|false_computation|branch_computations)=\{?%?([\w.\-]+(?:, %?[\w.\-]+)*)"
@@ -45,7 +46,7 @@ def traffic_of(hlo: str) -> Traffic:
     def walk(name: str, times: int, part: str) -> None:
         for line in computations[name]:
             found = _COLLECTIVE.search(line)
-            if found and not _ALONE.search(line):  # groups of one (tp = 1) send nothing
+            if found and not _is_alone(line):
                 parts[part][0][found[2]] += times
                 parts[part][1][found[2]] += times * _result_bytes(found[1])
             if body := _BODY.search(line):
@@ -62,6 +63,15 @@ def traffic_of(hlo: str) -> Traffic:
 
     walk(entry, 1, "fixed")
     return Traffic(parts["fixed"], parts["ring"], parts["query"])
+
+
+def _is_alone(line: str) -> bool:
+    """Groups of one device (tp = 1) send nothing. Newer compilers name the axes of a mesh instead of the groups."""
+    mesh = _MESH_GROUPS.search(line)
+    if mesh is None:
+        return _ALONE.search(line) is not None
+    sizes = dict(axis.split("=") for axis in mesh[1].split(","))
+    return all(sizes[axis.strip()] == "1" for axis in mesh[2].split(","))
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
