@@ -132,7 +132,6 @@ class Executor:
         for rank, instance in enumerate(instances):
             table = self._tables.tables[instance]
             if not table.take_deltas(staged.deltas[rank]):
-                staged.deltas[rank, :, 0] = len(table.entries)
                 uploads.append((rank, table.upload()))
         return uploads
 

@@ -26,6 +26,8 @@ from loong_jax.types import (
 )
 
 _MIN_REGION = 8
+NO_ENTRY = 2**31 - 1
+"""Beyond every table: a delta for it is dropped on the device."""
 
 
 class TableFull(RuntimeError):
@@ -58,10 +60,10 @@ class InstanceTable:
         region = self._regions.get(request)
         return (region.start, region.length) if region is not None else (0, 0)
 
-    def ranges(self, requests: list[int]) -> list[tuple[int, int]]:
-        """`range` of each request."""
+    def ranges(self, requests: list[int]) -> list[tuple[int, int, int]]:
+        """(index in `requests`, first entry, number of entries) of those that have entries here."""
         regions = self._regions
-        return [(r.start, r.length) if (r := regions.get(request)) is not None else (0, 0) for request in requests]
+        return [(i, regions[r].start, regions[r].length) for i, r in enumerate(requests) if r in regions]
 
     def entry(self, request: int, page: int) -> int:
         region = self._regions[request]
@@ -111,11 +113,10 @@ class InstanceTable:
         self.stale = True
 
     def take_deltas(self, into: np.ndarray) -> bool:
-        """Fill `into` `[num, 4]` with the pending (entry, page, first, count), the rest out of range, and forget them.
+        """Fill the first of `into` `[num, 4]` with the pending (entry, page, first, count), and forget them.
         False, with nothing taken, when the table must be uploaded whole (`upload`)."""
         if self.stale or len(self._pending) > len(into):
             return False
-        into[:, 0] = len(self.entries)
         if self._pending:
             changed = np.fromiter(self._pending, np.int32, len(self._pending))
             into[: len(changed), 0] = changed

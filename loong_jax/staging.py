@@ -7,7 +7,7 @@ field names are those of `esp/layout.py`. What it is not: the page tables (`page
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,25 +17,71 @@ from loong_jax.esp.layout import (
     NOWHERE,
     OWN_FIELDS,
     SAMPLING_FIELDS,
+    Layout,
     StepShape,
     decode_layout,
     prefill_layout,
     transfer_layout,
 )
-from loong_jax.page_table import PageTables
+from loong_jax.page_table import NO_ENTRY, PageTables
 from loong_jax.types import ContextForm, CopyPages, Migrate, RunDecode, RunPrefill, Sampling
 
 _NO_ROW = tuple(NOWHERE if name == "position" else 0 for name in OWN_FIELDS)
 
 
 class Staged(NamedTuple):
-    """`packed` `[dop, size]` int32; `deltas`: its view `[dop, num_deltas, 4]`, still to be filled; `rows`: indices into
+    """`packed` `[dop, size]` int32; `deltas`: its view `[dop, num_deltas, 4]`, all NO_ENTRY so far; `rows`: indices into
     the step's sampled output, in the order of `StepDone.tokens`; `moves` `[dop, entries]` int32 or None."""
 
     packed: np.ndarray
     deltas: np.ndarray
     rows: np.ndarray
     moves: np.ndarray | None = None
+
+
+class _Blank(NamedTuple):
+    """A step without rows, made once per shape: staging a step starts with a copy of it."""
+
+    layout: Layout
+    packed: np.ndarray
+
+    def copy(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        packed = self.packed.copy()
+        return packed, self.layout.views(packed)
+
+
+def _blank(shape: StepShape, layout: Layout) -> tuple[_Blank, dict[str, np.ndarray]]:
+    packed = np.zeros((shape.dop, layout.size), np.int32)
+    fields = layout.views(packed)
+    fields["deltas"][..., 0] = NO_ENTRY
+    return _Blank(layout, packed), fields
+
+
+@cache
+def _blank_prefill(shape: StepShape) -> _Blank:
+    blank, fields = _blank(shape, prefill_layout(shape))
+    fields["units"][:] = NOWHERE
+    fields["units"][..., 2] = 0
+    fields["emit_index"][:] = NOWHERE
+    fields["emit_slot"][:] = shape.num_slots
+    return blank
+
+
+@cache
+def _blank_decode(shape: StepShape) -> _Blank:
+    blank, fields = _blank(shape, decode_layout(shape))
+    fields["own"][:] = _NO_ROW
+    fields["own"][..., OWN_FIELDS.index("slot")] = shape.num_slots
+    fields["own"][..., OWN_FIELDS.index("write_page")] = shape.num_pages
+    fields["every"][:] = shape.num_slots, NOWHERE
+    return blank
+
+
+@cache
+def _blank_transfer(shape: StepShape) -> _Blank:
+    blank, fields = _blank(shape, transfer_layout(shape))
+    fields["write_page"][:] = shape.num_pages
+    return blank
 
 
 @lru_cache(maxsize=4096)
@@ -94,14 +140,10 @@ def _moves(command: RunPrefill, tables: PageTables, num_pages: int) -> np.ndarra
 
 def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> Staged:
     """The chunk's data; `tables` must not yet know the chunk's own pages."""
-    layout = prefill_layout(shape)
-    packed = np.zeros((shape.dop, layout.size), np.int32)
-    fields = layout.views(packed)
+    packed, fields = _blank_prefill(shape).copy()
     stripes = _stripes(command, shape)
     index = np.arange(len(stripes.row))
     rank, place = index % shape.dop, index // shape.dop
-    fields["units"][..., :] = NOWHERE
-    fields["units"][..., 2] = 0
     fields["units"][rank, place] = np.stack([stripes.row, stripes.first, stripes.count, stripes.home], axis=1)
 
     ids = np.concatenate([np.frombuffer(row.tokens, "<i4") for row in command.rows])
@@ -116,8 +158,6 @@ def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> 
     elif most > 0:
         fields["num_query_tiles"][:] = -(-(int(place.max()) + 1) // shape.query_tile_units)
 
-    fields["emit_index"][:] = NOWHERE
-    fields["emit_slot"][:] = shape.num_slots
     emits = [i for i, row in enumerate(command.rows) if row.emit]
     for i in emits:
         row, last = command.rows[i], stripes.last[i]
@@ -133,14 +173,7 @@ def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> 
 def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> Staged:
     """The step's data; `tables` must already know the rows' new pages. Runs once a token: rows are collected in lists
     and written in blocks, because each write into an array costs as much as a whole block."""
-    layout = decode_layout(shape)
-    packed = np.zeros((shape.dop, layout.size), np.int32)
-    fields = layout.views(packed)
-    fields["own"][:] = _NO_ROW
-    fields["own"][..., OWN_FIELDS.index("slot")] = shape.num_slots
-    fields["own"][..., OWN_FIELDS.index("write_page")] = shape.num_pages
-    fields["every"][:] = shape.num_slots, NOWHERE
-
+    packed, fields = _blank_decode(shape).copy()
     rank_of = {instance: rank for rank, instance in enumerate(command.instances)}
     num_mastered = [0] * shape.dop
     where, own = [], []
@@ -163,17 +196,20 @@ def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> St
     fields["own"][at // shape.bucket, at % shape.bucket] = own
     fields["every"][:, at] = own[:, 1:3]  # slot, position
     requests = [row.request for row in command.rows]
-    fields["ranges"][:, at] = [tables.tables[instance].ranges(requests) for instance in command.instances]
+    held = [
+        (rank, *range_of_row)
+        for rank, instance in enumerate(command.instances)
+        for range_of_row in tables.tables[instance].ranges(requests)
+    ]
+    if held:
+        rank, row, start, length = np.array(held).T
+        fields["ranges"][rank, at[row]] = np.stack([start, length], axis=1)
     return Staged(packed, fields["deltas"], at)
 
 
 def stage_transfer(command: Migrate | CopyPages, shape: StepShape) -> Staged:
     """Pages to read and to write, place by place; each direction of a migrate uses the places in order."""
-    layout = transfer_layout(shape)
-    packed = np.zeros((shape.dop, layout.size), np.int32)
-    fields = layout.views(packed)
-    fields["read_page"][:] = 0
-    fields["write_page"][:] = shape.num_pages
+    packed, fields = _blank_transfer(shape).copy()
     if isinstance(command, CopyPages):
         for i, copy in enumerate(command.copies):
             fields["read_page"][0, i], fields["write_page"][0, i] = copy.src_page, copy.dst_page
