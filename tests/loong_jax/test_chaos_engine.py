@@ -6,7 +6,6 @@ The mock's twin, which proves the manager on ten thousand schedules in seconds, 
 
 import queue
 import random
-from functools import lru_cache
 
 import pytest
 
@@ -20,19 +19,16 @@ from tests.support.schedules import Controls, Schedule, ScheduleConfig, replay
 CHECKPOINTS = {"four": "gqa", "eight": "gqa", "tp2": "mha"}
 
 
-@lru_cache(maxsize=1)  # a process cannot map the executables of all of them
-def data_plane(setting: str) -> DataPlane:
-    return DataPlane(FIXTURES / CHECKPOINTS[setting], CHAOS_CLUSTERS[setting])
+@pytest.fixture(scope="module")
+def plane(request: pytest.FixtureRequest):
+    """One at a time: a process cannot map the executables of all of them."""
+    plane = DataPlane(FIXTURES / CHECKPOINTS[request.param], CHAOS_CLUSTERS[request.param])
+    yield plane
+    plane.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _unload():
-    yield
-    data_plane.cache_clear()
-
-
-def run_schedule(setting: str, seed: int) -> list[Verdict]:
-    plane, rng = data_plane(setting), random.Random(seed)
+def run_schedule(plane: DataPlane, seed: int) -> list[Verdict]:
+    rng = random.Random(seed)
     cluster = plane.cluster
     limits = LimitsConfig(
         max_running=rng.choice((2, 8)),
@@ -57,26 +53,26 @@ def run_schedule(setting: str, seed: int) -> list[Verdict]:
     return [plane.judge.check(o.history, o.tokens, o.logprobs, o.sampling) for o in run.outcomes]
 
 
-def check_schedules(setting: str, seeds: range) -> None:
-    verdicts = [verdict for seed in seeds for verdict in run_schedule(setting, seed)]
+def check_schedules(plane: DataPlane, seeds: range) -> None:
+    verdicts = [verdict for seed in seeds for verdict in run_schedule(plane, seed)]
     num_tokens = sum(verdict.num_tokens for verdict in verdicts)
     assert sum(verdict.num_ties for verdict in verdicts) <= 0.005 * num_tokens
 
 
-BATCH = 10
+def batches(sizes: dict[str, range], batch: int) -> list[tuple[str, range]]:
+    return [(setting, seeds[i : i + batch]) for setting, seeds in sizes.items() for i in range(0, len(seeds), batch)]
 
 
-@pytest.mark.parametrize(
-    ("setting", "first"),
-    [(s, i) for s, n in (("four", 140), ("eight", 100), ("tp2", 60)) for i in range(0, n, BATCH)],
-)
-def test_chaos(setting: str, first: int):
-    check_schedules(setting, range(first, first + BATCH))
+SUITE = {"four": range(140), "eight": range(100), "tp2": range(60)}
+SLOW = {setting: range(100_000, 103_400) for setting in CHECKPOINTS}
+
+
+@pytest.mark.parametrize(("plane", "seeds"), batches(SUITE, 20), indirect=["plane"])
+def test_chaos(plane: DataPlane, seeds: range):
+    check_schedules(plane, seeds)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("setting", CHECKPOINTS)
-@pytest.mark.parametrize("first", range(100_000, 103_400, 100))
-def test_chaos_at_length(setting: str, first: int):
-    check_schedules(setting, range(first, first + 100))
+@pytest.mark.parametrize(("plane", "seeds"), batches(SLOW, 100), indirect=["plane"])
+def test_chaos_at_length(plane: DataPlane, seeds: range):
+    check_schedules(plane, seeds)

@@ -75,7 +75,8 @@ def decode(plane: Plane, sequence: Sequence, dop: int, kept: list[int]) -> None:
 
 def run(case: Case, lengths: tuple[int, ...]) -> None:
     directory = FIXTURES / "models" / case.fixture
-    plane = Plane(DataPlane(directory, cluster_for(case)))
+    data = DataPlane(directory, cluster_for(case))
+    plane = Plane(data)
     model, judge = plane.data.model, plane.data.judge
     tolerance = TOLERANCE[model.dtype]
     num_tokens = num_ties = 0
@@ -94,6 +95,7 @@ def run(case: Case, lengths: tuple[int, ...]) -> None:
     if model.dtype == "float32":
         assert num_ties <= 0.005 * num_tokens
     plane.close()
+    data.close()
 
 
 def check_against_transformers(fixture: str, prompt: np.ndarray, tokens: list[int], logprobs: list[float]) -> None:

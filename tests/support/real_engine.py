@@ -81,6 +81,10 @@ class DataPlane:
         self.programs = stored_programs(self.builder, self.devices, lambda event: None)
         self.judge = Judge(directory, self.model)
 
+    def close(self) -> None:
+        """Let go of the executables: a process cannot map those of many data planes."""
+        self.programs.close()
+
     def executor(self, post: Callable[[AnyEvent], None]) -> Executor:
         return Executor(self.builder, self.devices, self.weights, self.programs, post)
 
