@@ -245,7 +245,7 @@ class EngineLoop:
                 item, sink = item
                 self._sinks[item.request] = sink
             self._state.saw_event(item, now_us)
-            commands = self._manager.handle(item, now_us)
+            commands = self._handle(item, now_us)
             for command in commands:
                 self._perform(command, now_us)
             self._outbox.flush()
@@ -254,6 +254,14 @@ class EngineLoop:
             if not self._ready_told and self._state.ready:
                 self._ready_told = True
                 self._on_ready()
+
+    def _handle(self, event: AnyEvent, now_us: int) -> list[AnyCommand]:
+        try:
+            return self._manager.handle(event, now_us)
+        except Exception:
+            if self._event_log is not None:  # so that a replay stops at the same event
+                self._event_log.write(now_us, event, ())
+            raise
 
     def _next_item(self) -> Any:
         """Wait for the next item. Time itself is an event while requests are open."""
