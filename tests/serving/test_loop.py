@@ -145,11 +145,11 @@ def test_the_event_that_breaks_the_manager_is_the_last_in_the_log():
         manager.handle = lambda event, now_us: 1 / 0
         loop.abort(request)
         await asyncio.wait_for(sink.done.wait(), 5)
+        executor.running.set()
+        await asyncio.to_thread(loop.close)
         assert isinstance(sink.items[-1], Crashed)
         assert "ZeroDivisionError" in crashes[0]
         assert isinstance(log.frames[-1][1], Tick | Aborted)
         assert log.frames[-1][2] == ()
-        executor.running.set()
-        await asyncio.to_thread(loop.close)
 
     asyncio.run(run())
