@@ -30,7 +30,7 @@ _NO_ROW = tuple(NOWHERE if name == "position" else 0 for name in OWN_FIELDS)
 
 
 class Staged(NamedTuple):
-    """`packed` `[dop, size]` int32; `deltas`: its view `[dop, num_deltas, 4]`, all NO_ENTRY so far; `rows`: indices into
+    """`packed` `[dop, size]` int32; `deltas`: its view `[dop, num_deltas, 4]`, all NO_ENTRY yet; `rows`: indices into
     the step's sampled output, in the order of `StepDone.tokens`; `moves` `[dop, entries]` int32 or None."""
 
     packed: np.ndarray

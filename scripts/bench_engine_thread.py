@@ -3,11 +3,10 @@
 the program, and the loop around them.
 
 The real `EngineLoop`, manager, policy and executor serve a small checkpoint on eight virtual devices; only the groups
-are chosen, by telling the manager of programs of one DoP alone. Time is `time.thread_time` of that one thread, which
-has a core to itself: the devices' threads, which on an accelerator's host would not be there, take the others.
+are chosen, by telling the manager of programs of one DoP alone. Time is `time.thread_time` of that one thread. The
+devices' threads, which on an accelerator's host would not be there, wash its caches.
 
     scripts/bench_engine_thread.py            the cases of docs/engine_thread.md
-    scripts/bench_engine_thread.py --share    one core for all: devices' threads wash the caches of the engine's
 """
 
 from __future__ import annotations
@@ -67,8 +66,7 @@ CASES = (
 class Clock:
     """CPU time by part, one row of sums per window of decode steps."""
 
-    def __init__(self, core: int | None) -> None:
-        self._core = core
+    def __init__(self) -> None:
         self.windows: list[dict[str, float]] = []
         self.num_rows: list[int] = []
         self.groups: set[tuple[int, ...]] = set()
@@ -90,8 +88,6 @@ class Clock:
         return call
 
     def saw_step(self, command: RunDecode) -> None:
-        if not self.num_rows and self._core is not None:
-            os.sched_setaffinity(0, {self._core})
         self.num_rows.append(len(command.rows))
         self.groups.add(command.instances)
         if len(self.num_rows) % WINDOW == 0:
@@ -138,8 +134,8 @@ class Sink:
             self.finished.set()
 
 
-def run(plane: DataPlane, case: Case, num_steps: int, core: int | None) -> Clock:
-    clock, limits = Clock(core), LimitsConfig(max_running=case.num_rows)
+def run(plane: DataPlane, case: Case, num_steps: int) -> Clock:
+    clock, limits = Clock(), LimitsConfig(max_running=case.num_rows)
     manager = Manager(CLUSTER, limits, SimpleElastic(CLUSTER, limits), LinearCost())
     manager.handle = clock.timed("manager", manager.handle)
     engine = EngineLoop(manager, EngineState(kv_token_bytes=1, compiles_after_ready=int))
@@ -164,13 +160,7 @@ def run(plane: DataPlane, case: Case, num_steps: int, core: int | None) -> Clock
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=800, help="decode steps of a case")
-    parser.add_argument("--share", action="store_true", help="no core of its own for the engine's thread")
     options = parser.parse_args()
-    core, *others = sorted(os.sched_getaffinity(0))
-    if options.share or not others:
-        core = None
-    else:
-        os.sched_setaffinity(0, others)  # before JAX makes its threads: they inherit it
     plane = DataPlane(FIXTURES / "gqa", CLUSTER)
     wanted = [p for p in CLUSTER.ladder.programs() if p.phase in (Phase.PREFILL, Phase.DECODE)]
     everyone = tuple(range(NUM_INSTANCES))
@@ -181,10 +171,10 @@ def main() -> None:
     print(f"| case | groups | rows a step | {' | '.join(PARTS)} |")
     print("|---|" + "---:|" * (2 + len(PARTS)))
     for case in CASES:
-        clock = run(plane, case, options.steps, core)
+        clock = run(plane, case, options.steps)
         medians = clock.medians_us()
-        figures = " | ".join(f"{medians[part]:.0f}" for part in PARTS)
-        print(f"| {case.name} | {len(clock.groups)} | {statistics.median(clock.num_rows):.0f} | {figures} |", flush=True)
+        figures = [len(clock.groups), statistics.median(clock.num_rows), *(medians[part] for part in PARTS)]
+        print(f"| {case.name} | {' | '.join(f'{figure:.0f}' for figure in figures)} |", flush=True)
     plane.programs.close()
 
 

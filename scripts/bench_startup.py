@@ -1,154 +1,108 @@
 #!/usr/bin/env python3
-"""How long until the minimal ladder is at hand: with an empty program store, and with a warm one.
+"""How long until `loong serve` is ready: with an empty cache folder, and with the one the first start left behind.
 
-Each start is a process of its own. The minimal ladder is every program of DoP 1 and of the largest DoP, on all its
-device sets. `imports_s`: from the process's start until JAX and its backend are there; `warm_up_s`: from there to
-readiness. A source file that changes between two starts makes the second one cold.
+Each start is a real server: a process of its own, from its start until its health says SERVING, when it is killed.
+`imports`: what a process needs only to import the same modules and find its devices. The model is the project's default
+one unless `--model` names another; further arguments go to `loong serve`. A source file that changes between two
+starts makes the second one cold.
 
-    scripts/bench_startup.py                      the engine's own steps, on 8 virtual CPU devices
-    scripts/bench_startup.py --engine module:function   something else; function(num_instances) -> Engine
+    scripts/bench_startup.py [--warm-starts 3] [--model DIRECTORY] [--dops 1,8 ...]
 """
 
 import argparse
-import importlib
-import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+SERVE = "from serving.cli import main; main()"
+IMPORTS = "import jax, loong_jax.executor, loong_jax.model.checkpoint, serving.cli, serving.launch; jax.devices()"
 
 
-class Engine(NamedTuple):
-    """What a start-up needs of an engine: see `loong_jax.programs.Programs`."""
+class Start(NamedTuple):
+    """Seconds until ready: of the clock, and of CPU time over all cores."""
 
-    build: Callable[[Any], Any]
-    mesh_of: Callable[[tuple[int, ...]], Any]
-    programs: tuple[Any, ...]
-    fingerprint: str
+    wall_s: float
+    cpu_s: float
 
 
-def loong(num_instances: int) -> Engine:
-    """The engine's steps for a small Llama of four layers, and its default ladder."""
-    import jax
-
-    from loong_jax.config import ClusterConfig, ModelConfig, ladder_for
-    from loong_jax.esp.groups import Devices
-    from loong_jax.esp.steps import StepBuilder
-    from loong_jax.program_store import fingerprint
-
-    model = ModelConfig(
-        family="llama",
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=688,
-        num_layers=4,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=32,
-        max_position=131072,
-    )
-    cluster = ClusterConfig(num_instances=num_instances, ladder=ladder_for(num_instances))
-    devices = Devices(jax.devices(), num_instances, cluster.tp)
-    sources = fingerprint([ROOT / "loong_jax", ROOT / "pallas_kernels"], repr(model), repr(cluster))
-    builder = StepBuilder(model, cluster, jax.devices()[0].platform)
-    return Engine(builder.build, devices.mesh, cluster.ladder.programs(), sources)
+def imports() -> Start:
+    started_s = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-c", IMPORTS], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    usage = os.wait4(process.pid, 0)[2]
+    return Start(time.monotonic() - started_s, usage.ru_utime + usage.ru_stime)
 
 
-def small_llama(num_instances: int) -> Engine:
-    """The stand-in of the tests: no page tables, no sampling."""
-    import jax
-
-    from loong_jax.config import ladder_for
-    from loong_jax.types import Phase
-    from tests.support.small_llama import SmallLlama
-
-    engine = SmallLlama(jax.devices()[:num_instances])
-    programs = [p for p in ladder_for(num_instances).programs() if p.phase in (Phase.PREFILL, Phase.DECODE)]
-    return Engine(engine.build, engine.mesh_of, tuple(programs), "small llama")
-
-
-def start(engine_name: str, num_instances: int, directory: str, started_s: float) -> None:
-    """One start, in this process; prints what it took as JSON."""
-    import jax
-
-    from loong_jax.device_sets import device_sets, on_sets
-    from loong_jax.program_store import ProgramStore, enable_jax_cache
-    from loong_jax.programs import Programs
-
-    enable_jax_cache(Path(directory) / "jax")
-    module, _, function = engine_name.rpartition(":")
-    engine = (
-        getattr(importlib.import_module(module), function)(num_instances)
-        if module
-        else globals()[function](num_instances)
-    )
-    imported_s, imported_cpu_s = time.time(), time.process_time()
-
-    flags = os.environ.get("XLA_FLAGS", "")
-    store = ProgramStore(Path(directory) / "programs")
-    programs = Programs(engine.build, engine.mesh_of, store, lambda event: None, engine.fingerprint + flags)
-    dops = {1, max(p.dop for p in engine.programs)}
-    sets = device_sets(num_instances, sorted(dops), jax.devices()[0].platform)
-    minimal = on_sets([p for p in engine.programs if p.dop in dops], sets)
-    programs.warm_up(minimal)
-    programs.mark_ready()
-    result = {
-        "programs": len({program for program, _ in minimal}),
-        "executables": len(programs.ready),
-        "imports_s": imported_s - started_s,
-        "warm_up_s": time.time() - imported_s,
-        "warm_up_cpu_s": time.process_time() - imported_cpu_s,
-        "store_bytes": store.size_bytes(),
-    }
-    programs.close()
-    print(json.dumps(result))
+def serve(model: Path, cache: Path, arguments: list[str]) -> Start:
+    """One start; the server is killed once it is ready. Raises RuntimeError when it ends before."""
+    flags = ["--platform", "cpu", "--port", "0", "--cache-dir", str(cache), *arguments]
+    started_s = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", SERVE, "serve", str(model), *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        wait_ready(address_of(process))
+        wall_s, cpu_s = time.monotonic() - started_s, cpu_time_s(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    return Start(wall_s, cpu_s)
 
 
-def environment(num_devices: int) -> dict[str, str]:
-    variables = dict(os.environ)
-    variables.setdefault("JAX_PLATFORMS", "cpu")
-    if variables["JAX_PLATFORMS"] == "cpu":
-        variables.setdefault("NPROC", str(2 * num_devices))
-        variables.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={num_devices}")
-    return variables
+def address_of(process: subprocess.Popen) -> str:
+    said = []
+    for line in process.stdout or ():
+        said.append(line)
+        if "listening on " in line:
+            return line.split("listening on ")[1].split(";")[0].strip()
+    raise RuntimeError("the server ended: " + "".join(said))
+
+
+def wait_ready(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        for response in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+
+
+def cpu_time_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--engine", default="loong", help="loong, small_llama, or module:function")
-    parser.add_argument("--instances", type=int, default=8)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--warm-starts", type=int, default=3)
-    parser.add_argument("--one-start", nargs=2, metavar=("DIRECTORY", "STARTED_S"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one_start:
-        start(options.engine, options.instances, options.one_start[0], float(options.one_start[1]))
-        return
+    parser.add_argument("--model", type=Path)
+    options, arguments = parser.parse_known_args()
+    from loong_jax.model.default_model import make_default_model
 
-    runs = []
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = options.model or make_default_model(Path(scratch) / "model")
+        base = imports()
+        print(f"load {os.getloadavg()[0]:.1f}; imports: {base.wall_s:.1f} s, CPU {base.cpu_s:.1f} s", flush=True)
+        starts = []
         for label in ["cold"] + ["warm"] * options.warm_starts:
-            arguments = [sys.executable, __file__, "--engine", options.engine, "--instances", str(options.instances)]
-            output = subprocess.run(
-                [*arguments, "--one-start", directory, str(time.time())],
-                env=environment(2 * options.instances),
-                stdout=subprocess.PIPE,
-                check=True,
-                text=True,
-            ).stdout
-            runs.append(json.loads(output.splitlines()[-1]))
-            print(label, json.dumps({k: round(v, 2) for k, v in runs[-1].items()}), flush=True)
-    cold, warm = runs[0], min(runs[1:], key=lambda run: run["warm_up_s"])
-    print(f"warm-up: {cold['warm_up_s'] / warm['warm_up_s']:.1f}x sooner", end=", ")
-    print(f"CPU time {cold['warm_up_cpu_s'] / warm['warm_up_cpu_s']:.1f}x less", end=", ")
-    total = [run["imports_s"] + run["warm_up_s"] for run in (cold, warm)]
-    print(f"from the start of the process {total[0]:.1f} s -> {total[1]:.1f} s: {total[0] / total[1]:.1f}x")
+            starts.append(serve(model, Path(scratch) / "cache", arguments))
+            print(f"{label}: {starts[-1].wall_s:.1f} s, CPU {starts[-1].cpu_s:.1f} s", flush=True)
+        store = sum(path.stat().st_size for path in (Path(scratch) / "cache" / "programs").iterdir())
+    cold, warm = starts[0], Start(*map(statistics.median, zip(*starts[1:], strict=True)))
+    wall, cpu = cold.wall_s / warm.wall_s, cold.cpu_s / warm.cpu_s
+    print(f"load {os.getloadavg()[0]:.1f}; store {store / 1e6:.1f} MB")
+    print(f"readiness: {cold.wall_s:.1f} -> {warm.wall_s:.1f} s: {wall:.1f}x sooner, {cpu:.1f}x less CPU time")
+    wall = (cold.wall_s - base.wall_s) / (warm.wall_s - base.wall_s)
+    cpu = (cold.cpu_s - base.cpu_s) / (warm.cpu_s - base.cpu_s)
+    print(f"without imports: {wall:.1f}x sooner, {cpu:.1f}x less CPU time")
 
 
 if __name__ == "__main__":

@@ -156,17 +156,22 @@ def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationL
 def wanted_programs(
     cluster: ClusterConfig, platform: str, *, full: bool
 ) -> tuple[list[tuple[Program, Instances]], list[tuple[Program, Instances]]]:
-    """(needed for readiness, the others), each on all device sets of the platform.
+    """(needed for readiness, the others, the most wanted first).
 
-    The minimal ladder is the steps of DoP 1 and of the largest; `full` needs those of every DoP. Migrations and copies
-    are made when the manager asks for them."""
+    The minimal ladder is the steps of DoP 1 and of the largest, each on one set of instances: that serves any request,
+    and an executable at hand comes to the other sets in a fraction of a second each. `full` needs every step on every
+    set. Migrations and copies are made when the manager asks for them."""
     from loong_jax.device_sets import device_sets, on_sets
 
     dops = cluster.ladder.dops
     sets = device_sets(cluster.num_instances, dops, platform)
     steps = [program for program in cluster.ladder.programs() if program.phase in (Phase.PREFILL, Phase.DECODE)]
-    needed = [program for program in steps if full or program.dop in (1, dops[-1])]
-    return on_sets(needed, sets), on_sets([program for program in steps if program not in needed], sets)
+    wanted = on_sets(steps, sets)  # in the order of the ladder: DoP 1 and the largest first
+    if full:
+        return wanted, []
+    first = {dop: next(instances for instances in sets if len(instances) == dop) for dop in (1, dops[-1])}
+    needed = [(program, instances) for program, instances in wanted if first.get(program.dop) == instances]
+    return needed, [pair for pair in wanted if pair not in needed]
 
 
 def load(

@@ -34,7 +34,7 @@ DecodeBuckets = Annotated[
     str, typer.Option(help="Sizes of decode programs: rows per master. auto: 1,8,32,128; with cpu 8.")
 ]
 WarmUp = Annotated[
-    str, typer.Option(help="Ready once programs are there for: 'minimal': DoP 1 and the largest; 'full': every DoP.")
+    str, typer.Option(help="Ready once programs are there of: 'minimal': DoP 1 and the largest; 'full': every group.")
 ]
 PolicyName = Annotated[str, typer.Option(help=f"Scheduling policy: {', '.join(POLICIES)}.")]
 Platform = Annotated[

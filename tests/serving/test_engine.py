@@ -37,9 +37,11 @@ def test_the_configuration_travels_to_workers():
 def test_the_minimal_ladder_is_dop_1_and_the_largest():
     needed, others = wanted_programs(CLUSTER, "cpu", full=False)
     assert {program.dop for program, _ in needed} == {1, 4}
-    assert {program.dop for program, _ in others} == {2, 3}
+    assert {program.dop for program, _ in others} == {1, 2, 3}
     assert {program.phase for program, _ in needed} == {Phase.PREFILL, Phase.DECODE}
-    assert {instances for program, instances in needed if program.dop == 1} == {(0,), (1,), (2,), (3,)}
+    assert {instances for program, instances in needed if program.dop == 1} == {(0,)}
+    assert {instances for program, instances in others if program.dop == 1} == {(1,), (2,), (3,)}
+    assert others[0][0].dop == 1, "what comes to other sets from memory is first"
     everything, nothing = wanted_programs(CLUSTER, "cpu", full=True)
     assert set(everything) == {*needed, *others}
     assert nothing == []
