@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from loong_jax import retarget
+from loong_jax import mappings, retarget
 from loong_jax.device_sets import on_sets
 from loong_jax.program_store import ProgramStore, enable_jax_cache
-from loong_jax.programs import Programs, StepFunction
+from loong_jax.programs import Programs, ProgramsFull, StepFunction
 from loong_jax.types import Phase, Program, ProgramReady
 
 DEVICES = jax.devices()
@@ -322,3 +323,32 @@ def test_programs_of_other_processes_are_skipped(start):
     programs.warm_up([(DECODE, (0, 1))])
     assert programs.ready == ()
     assert programs.events == []
+
+
+def test_a_full_process_is_told_at_start_and_serves_on_later(start, monkeypatch, caplog):
+    """Past its memory mappings a process dies in the compiler: `warm_up` raises, `prepare` logs and goes on."""
+    programs = start(engine := Engine())
+    programs.warm_up([(DECODE, (0, 1))])
+    full = threading.Event()
+    full.set()
+    monkeypatch.setattr(mappings, "room_for_executable", lambda: not full.is_set())
+    with pytest.raises(ProgramsFull, match="max_map_count"):
+        programs.warm_up([(DECODE, (0, 1)), (DECODE, (1, 2))])
+    programs.mark_ready()
+    programs.prepare(DECODE, (1, 2))
+    programs.prepare(DECODE, (0, 1))  # what is there is still there
+    engine.check(programs.get(DECODE, (0, 1)), (0, 1))
+    wait_until(lambda: "max_map_count" in caplog.text)
+    assert programs.events == [ProgramReady(DECODE, (0, 1))]
+    full.clear()
+    programs.prepare(DECODE, (1, 2))
+    wait_until(lambda: len(programs.events) == 2)
+    assert programs.events[1] == ProgramReady(DECODE, (1, 2))
+    assert programs.compiles_after_ready == 0
+
+
+def wait_until(condition) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
