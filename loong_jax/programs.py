@@ -250,7 +250,7 @@ class _Maker:
 
     def make(self, program: Program, mesh: Mesh) -> tuple[jax.stages.Compiled, Origin]:
         devices = tuple(mesh.devices.flat)
-        if jax.process_count() > 1:
+        if any(device.process_index != jax.process_index() for device in devices):
             return self._compile(program, mesh), Origin.COMPILE
         movable = self._is_movable(devices[0])
         if movable and (compiled := self._retarget(program, devices)) is not None:

@@ -90,7 +90,7 @@ def bench_paged(calls: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", default="1024,4096,16384", help="prompt lengths of the flash table")
     parser.add_argument("--calls", type=int, default=3, help="timed calls of each function")
     args = parser.parse_args()

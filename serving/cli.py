@@ -87,6 +87,7 @@ def serve(
     Ready when the standard health service says SERVING.
     """
     with _told_errors():
+        flags.check_folder(model)
         cluster = flags.cluster_config(
             platform=flags.one_of("platform", platform, "default", "cpu"),
             instances=instances,
@@ -128,6 +129,7 @@ def worker(
     The leader is `loong serve` with --num-processes, --coordinator and --control; it may start before or after.
     """
     with _told_errors(), _Console() as reporter:
+        flags.check_folder(model)
         launch.work(
             model,
             leader,

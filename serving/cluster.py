@@ -46,17 +46,23 @@ class CompletionMerger:
         self._owners = tuple(owners)
         self._post = post
         self._lock = threading.Lock()
-        self._speaker: dict[int, int] = {}  # step -> process that reports its end
+        self._open: dict[int, tuple[int, ...]] = {}  # step -> its instances; the owner of the first reports its end
         self._failed: deque[int] = deque(maxlen=_REMEMBERED_FAILURES)
         self._ready: dict[tuple[Program, tuple[int, ...]], set[int]] = {}
         self._gone: set[int] = set()
 
     def issued(self, command: AnyCommand) -> None:
-        """Before a command is sent anywhere."""
+        """Before a command is sent anywhere. A step that a lost process would have to report has failed."""
         if isinstance(command, RunPrefill | RunDecode | Migrate):
-            self._speaker[command.step] = self._owners[command.instances[0]]
+            instances = command.instances
         elif isinstance(command, CopyPages):
-            self._speaker[command.step] = self._owners[command.instance]
+            instances = (command.instance,)
+        else:
+            return
+        with self._lock:
+            self._open[command.step] = instances
+            if self._speaker(command.step) in self._gone:
+                self._fail(command.step)
 
     def take(self, process: int, event: AnyEvent) -> None:
         """An event of a process's executor; from any thread."""
@@ -70,24 +76,34 @@ class CompletionMerger:
             if process in self._gone:
                 return
             self._gone.add(process)
+            for step in [step for step in self._open if self._speaker(step) == process]:
+                self._fail(step)
             for instance, owner in enumerate(self._owners):
                 if owner == process:
                     self._post(InstanceLost(instance))
+
+    def _speaker(self, step: int) -> int | None:
+        """The process that reports the end of an open step: all members of a group know its tokens."""
+        return self._owners[self._open[step][0]] if step in self._open else None
+
+    def _fail(self, step: int) -> None:
+        instances = self._open.pop(step)
+        self._failed.append(step)
+        self._post(StepFailed(step, instances, f"process {self._owners[instances[0]]} was lost"))
 
     def _counts(self, process: int, event: AnyEvent) -> bool:
         if process in self._gone:
             return False
         if isinstance(event, StepDone):
-            # All members of a group know the tokens; the process of its first instance tells.
-            if self._speaker.get(event.step) != process:
+            if self._speaker(event.step) != process:
                 return False
-            del self._speaker[event.step]
+            del self._open[event.step]
         elif isinstance(event, StepFailed):
             # Every member reports the failure; after the first, pools are made anew.
             if event.step in self._failed:
                 return False
             self._failed.append(event.step)
-            self._speaker.pop(event.step, None)
+            self._open.pop(event.step, None)
         elif isinstance(event, ProgramReady):
             # A program may run when all members of the group have it.
             ready = self._ready.setdefault((event.program, event.instances), set())

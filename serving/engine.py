@@ -195,6 +195,12 @@ def load(
     from loong_jax.programs import Programs
 
     cluster, platform = config.cluster, jax.default_backend()
+    needed_devices, num_devices = cluster.num_instances * cluster.tp, len(jax.devices())
+    if platform == "cpu" and num_devices < needed_devices:
+        raise ConfigError(
+            f"instances: {cluster.num_instances} of tp {cluster.tp} need {needed_devices} devices, and JAX finds only "
+            f"the CPU; --platform cpu makes virtual ones"
+        )
     store = None
     if cache_dir is not None:
         store = ProgramStore(cache_dir / "programs")

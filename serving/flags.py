@@ -102,6 +102,15 @@ def limits_config(*, max_waiting: int, max_running: int, chunk_tokens: int) -> L
     return LimitsConfig(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens)
 
 
+def check_folder(model: Path) -> None:
+    """Raises ConfigError when there is none: nothing is downloaded by name."""
+    if not model.is_dir():
+        raise ConfigError(
+            f"model: {str(model)!r} is no folder here; give one with config.json, safetensors and tokenizer.json "
+            "(nothing is downloaded)"
+        )
+
+
 def numbers(flag: str, text: str) -> tuple[int, ...]:
     """ "1,2,4" -> (1, 2, 4). Raises ConfigError."""
     try:

@@ -26,6 +26,7 @@ from serving.tokenizer import Tokenizer
 from serving.worker import run_worker
 
 _JOIN_S = 600.0
+_HEARTBEAT_S = 20
 T = TypeVar("T")
 
 
@@ -92,7 +93,10 @@ def _join_processes(config: EngineConfig, process_id: int) -> None:
 
     # It would take SIGTERM away from us, to save training checkpoints.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(config.coordinator, config.num_processes, process_id)
+    # A step queued behind a lost process may never come back: JAX ends all processes, and nobody waits for ever.
+    jax.distributed.initialize(
+        config.coordinator, config.num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S
+    )
 
 
 class _Leader:

@@ -96,13 +96,18 @@ def test_a_program_is_ready_when_all_members_have_it():
     assert events == [one, both]
 
 
-def test_a_lost_process_takes_its_instances_along():
+def test_a_lost_process_takes_its_instances_and_its_steps_along():
     merged, events = merger()
-    merged.issued(decode(0, 2, 3))
+    merged.issued(decode(0, 2, 3))  # process 1 would tell
+    merged.issued(decode(1, 1, 2))  # process 0 will, whatever comes of it
     merged.lost(1)
     merged.lost(1)
     merged.take(1, StepDone(0))
-    assert events == [InstanceLost(2), InstanceLost(3)]
+    assert events == [StepFailed(0, (2, 3), "process 1 was lost"), InstanceLost(2), InstanceLost(3)]
+    merged.take(0, StepFailed(1, (1, 2), "gloo"))
+    assert events[3:] == [StepFailed(1, (1, 2), "gloo")]
+    merged.issued(decode(2, 3))  # on its way before the engine knew
+    assert events[4:] == [StepFailed(2, (3,), "process 1 was lost")]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 
 from loong_jax.config import ConfigError
+from serving import flags
 from serving.flags import cluster_config, limits_config, numbers, one_of
 
 GOOD = {
@@ -60,3 +61,11 @@ def test_numbers_and_choices():
     assert one_of("x", "a", "a", "b") == "a"
     with pytest.raises(ConfigError, match="x: 'c' is none of a, b"):
         one_of("x", "c", "a", "b")
+
+
+def test_a_model_that_is_no_folder_is_refused_by_name(tmp_path):
+    flags.check_folder(tmp_path)
+    (tmp_path / "file").touch()
+    for missing in (tmp_path / "file", tmp_path / "owner" / "name"):
+        with pytest.raises(ConfigError, match=missing.name):
+            flags.check_folder(missing)

@@ -1,13 +1,10 @@
-"""The whole of `loong serve`, as a process: a checkpoint, devices, gRPC, signals, the event log. And two processes."""
+"""The whole of `loong serve`, as a process: a checkpoint, devices, gRPC, signals, the event log."""
 
 import asyncio
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -15,49 +12,14 @@ import pytest
 
 from loong_jax.model.oracle import Oracle
 from serving.client import Generation, LoongClient, generate_request
+from tests.support.process import ROOT, Process, free_port
 from tests.support.tiny_checkpoint import CONFIG, make_tiny_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 POOL_TOKENS = 2048  # an instance holds half
 LADDER = ("--instances", "2", "--prefill-buckets", "128", "--decode-buckets", "8", "--platform", "cpu")
 COMMON = (*LADDER, "--pool-tokens", str(POOL_TOKENS), "--max-running", "16")
 PROMPT = [i * 37 % 250 for i in range(60)]
 LONG_PROMPT = [i * 41 % 250 for i in range(1500)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Process:
-    """A `loong` command whose words go to a file."""
-
-    def __init__(self, log: Path, *args: str):
-        self.log = log
-        command = [sys.executable, "-c", "from serving.cli import main; main()", *args]
-        with log.open("w") as file:
-            self.popen = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-
-    def words(self) -> str:
-        return self.log.read_text()
-
-    def wait_for(self, words: str, timeout_s: float = 300) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        while words not in self.words():
-            assert self.popen.poll() is None, self.words()
-            assert time.monotonic() < deadline_s, self.words()
-            time.sleep(0.1)
-
-    def end(self, signum: int = signal.SIGTERM) -> int:
-        if self.popen.poll() is None:
-            self.popen.send_signal(signum)
-        try:
-            return self.popen.wait(60)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            raise
 
 
 @pytest.fixture(scope="module")
@@ -190,30 +152,3 @@ def test_a_signal_while_loading_ends_at_once(checkpoint, tmp_path):
     start_s = time.monotonic()
     assert server.end(signal.SIGINT) == 130
     assert time.monotonic() - start_s < 10
-
-
-def test_two_processes_give_the_same_tokens(checkpoint, tmp_path):
-    """One instance each: a prompt that needs both is prefilled over both, and decoded where it then lies."""
-    port, control, coordinator = free_port(), free_port(), free_port()
-    cache = str(ROOT / ".cache" / "test-serve")
-    leader = Process(
-        tmp_path / "leader.log",
-        *("serve", str(checkpoint[0]), "--port", str(port), "--cache-dir", cache, *COMMON, "--num-processes", "2"),
-        *("--coordinator", f"127.0.0.1:{coordinator}", "--control", f"127.0.0.1:{control}"),
-    )
-    worker = Process(
-        tmp_path / "worker.log",
-        *("worker", str(checkpoint[0]), "--leader", f"127.0.0.1:{control}", "--process-id", "1"),
-        *("--platform", "cpu", "--cache-dir", cache),
-    )
-    try:
-        leader.wait_for("ready: ")
-        requests = [generate_request(p, max_tokens=8, ignore_eos=True) for p in (LONG_PROMPT, PROMPT, PROMPT[:9])]
-        for request, answer in zip(requests, answers(f"127.0.0.1:{port}", *requests), strict=True):
-            check_with_oracle(checkpoint[1], list(request.token_ids.ids), answer)
-        assert leader.end() == 0, leader.words()
-        assert worker.popen.wait(60) == 0, worker.words()
-    finally:
-        for process in (leader, worker):
-            if process.popen.poll() is None:
-                os.kill(process.popen.pid, signal.SIGKILL)
