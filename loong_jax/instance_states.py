@@ -143,7 +143,7 @@ class InstanceStates:
 def _zero_maker(structs: InstanceState[jax.ShapeDtypeStruct], sharding: NamedSharding) -> jax.stages.Compiled:
     """Pools are made by a program: buffers from the host are not always donated in place at first."""
     make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs), out_shardings=sharding)
-    with jax.set_mesh(sharding.mesh):
+    with jax.set_mesh(sharding.mesh):  # pyright: ignore[reportArgumentType] (that of `Devices`, never abstract)
         return make.lower().compile()
 
 

@@ -70,7 +70,8 @@ def address_of(process: subprocess.Popen) -> str:
 
 def wait_ready(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
-        for response in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+        watch = health_pb2_grpc.HealthStub(channel).Watch  # pyright: ignore[reportAttributeAccessIssue] (set when made)
+        for response in watch(health_pb2.HealthCheckRequest()):
             if response.status == health_pb2.HealthCheckResponse.SERVING:
                 return
 
