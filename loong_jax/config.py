@@ -46,7 +46,6 @@ class ModelConfig(msgspec.Struct, frozen=True):
     rope: RopeConfig = RopeConfig()
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    attention_bias: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"
