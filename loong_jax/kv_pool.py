@@ -67,10 +67,6 @@ def pool_bytes(model: ModelConfig, cluster: ClusterConfig, platform: str) -> int
     return kv.size * kv.dtype.itemsize
 
 
-def page_bytes(model: ModelConfig, cluster: ClusterConfig, platform: str) -> int:
-    return pool_bytes(model, cluster, platform) // cluster.pages_per_instance
-
-
 def apply_deltas(table: Int[Array, "entries 3"], deltas: Int[Array, "num 4"]) -> Int[Array, "entries 3"]:
     """Write (entry, page, first, count) rows into the table; an entry out of range is dropped."""
     return table.at[deltas[:, 0]].set(deltas[:, 1:], mode="drop")
