@@ -3,7 +3,9 @@
 Servers and workers that tests start as subprocesses inherit it. What it is not: helpers for tests (tests/support).
 """
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -29,6 +31,16 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Reruns find their programs compiled. Tests about compiling point it elsewhere.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _executables_released():
+    """A process can map only so many executables, so those that one file's jitted functions made go with the file."""
+    yield
+    if "jax" in sys.modules:
+        gc.collect()
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -63,7 +63,11 @@ class CountingExecutor:
 
 
 def run_steps(plane: DataPlane, num_steps: int) -> Tally:
-    """Schedules on one executor until it was given so many steps; the policies take turns."""
+    """Schedules on one executor until it was given so many steps and a copy; the policies take turns.
+
+    A fork copies a page only where no step is in flight just then, which is up to the clock: hence no fixed number of
+    schedules, and an end after ten times the steps.
+    """
     cluster, tally = plane.cluster, Tally()
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     ready = arcs(cluster)
@@ -72,13 +76,13 @@ def run_steps(plane: DataPlane, num_steps: int) -> Tally:
         plane.programs.warm_up(ready)
         plane.programs.mark_ready()
         seed = 0
-        while tally.num_steps < num_steps:
+        while tally.num_steps < num_steps or (not tally.steps[Phase.COPY] and tally.num_steps < 10 * num_steps):
             rng = random.Random(seed)
             limits = LimitsConfig(max_running=12, chunk_tokens=rng.choice((16, 128)))
             policy = ChaosPolicy(cluster, limits, seed) if seed % 2 else SimpleElastic(cluster, limits)
             config = ScheduleConfig(
                 num_requests=12, max_prompt=rng.choice((20, 400)), max_new_tokens=30, vocab=plane.model.vocab_size,
-                p_fork=0.05, p_fail=0.005, p_lose=0.0,
+                p_fork=0.2, p_fail=0.005, p_lose=0.0,
             )  # fmt: skip
             controls = Controls(None, lossy.fail, None, lossy.steps_in_flight)
             manager = Manager(cluster, limits, policy, LinearCost())
