@@ -13,8 +13,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from loong_jax.config import ModelConfig
-from loong_jax.model.checkpoint import INDEX_FILE, SINGLE_FILE, leaves_of
+from loong_jax.model.leaves import leaves_of
 from loong_jax.model.llama import Params
+from loong_jax.model.safetensors_reader import INDEX_FILE, SINGLE_FILE
 
 
 def save_checkpoint(directory: str | Path, config: ModelConfig, params: Params, *, num_files: int = 1) -> None:

@@ -2,15 +2,15 @@
 
 from tokenizers import Tokenizer
 
-from loong_jax.model.checkpoint import Tensors
 from loong_jax.model.default_model import DEFAULT_CONFIG, make_default_model
 from loong_jax.model.hf_config import read_config
+from loong_jax.model.safetensors_reader import SafetensorsReader
 
 
 def test_default_model(tmp_path):
     directory = make_default_model(tmp_path / "cache" / "model")
     assert read_config(directory) == DEFAULT_CONFIG
-    with Tensors(directory) as tensors:
+    with SafetensorsReader(directory) as tensors:
         tensors.check("model.embed_tokens.weight", (1024, 256), "float32")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == DEFAULT_CONFIG.vocab_size

@@ -1,0 +1,121 @@
+"""Which slices of which checkpoint tensors make each parameter of one tensor-parallel rank (DESIGN 5).
+
+What it is: a plan, the same for every kind of checkpoint, since all keep their tensors as Hugging Face names and shapes
+them; and the assembling of one leaf from the slices a reader gives.
+What it is not: a reader of files (`safetensors_reader.py`), or the placing on devices (`checkpoint.py`).
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from loong_jax.config import ModelConfig
+from loong_jax.model.families import FAMILIES, Family
+from loong_jax.model.llama import local_sizes
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint, whatever its format: named, with Hugging Face names and shapes. Both methods raise
+    CheckpointError naming file and tensor."""
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: str) -> int:
+        """Bytes of a tensor, after its description was compared with what the configuration asks for."""
+        ...
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of a tensor that was checked. Only that slice is read."""
+        ...
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """`[start, stop)` along `axis` of the checkpoint tensor `name`, whose whole shape must be `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    start: int
+    stop: int
+
+    def read(self, tensors: Tensors) -> np.ndarray:
+        rows = slice(self.start, self.stop)
+        return tensors.read(self.name, (slice(None),) * self.axis + (rows,))
+
+
+class Leaf(msgspec.Struct, frozen=True):
+    """One leaf of the parameters: pieces side by side. `transpose`: the checkpoint keeps linear maps as [out, in]."""
+
+    path: tuple[str | int, ...]  # ("embed",) or ("layers", layer, "qkv")
+    pieces: tuple[Piece, ...]
+    transpose: bool
+
+    def read(self, tensors: Tensors, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """The leaf as a host array; what the pieces do not fill (a padded vocabulary) is zero."""
+        out = np.zeros(shape, dtype)
+        filled = 0
+        for piece in self.pieces:
+            block = piece.read(tensors)
+            if self.transpose:
+                out[:, filled : filled + block.shape[0]] = block.T
+                filled += block.shape[0]
+            else:
+                out[: block.shape[0]] = block
+        return out
+
+
+def leaves_of(config: ModelConfig, tp: int, rank: int) -> Iterator[Leaf]:
+    """All leaves of one rank."""
+    family, local = _family(config), local_sizes(config, tp)
+
+    def vocabulary(name: str) -> tuple[Piece, ...]:
+        start = min(rank * local.vocab_size, config.vocab_size)
+        stop = min(start + local.vocab_size, config.vocab_size)
+        return (Piece(name, (config.vocab_size, config.hidden_size), 0, start, stop),)
+
+    yield Leaf(("embed",), vocabulary(family.embed), False)
+    for layer in range(config.num_layers):
+        yield from _layer_leaves(config, tp, rank, layer)
+    yield Leaf(("final_norm",), (_whole(family.final_norm, config.hidden_size),), False)
+    if not config.tie_embeddings:
+        yield Leaf(("lm_head",), vocabulary(family.lm_head), False)
+
+
+def _layer_leaves(config: ModelConfig, tp: int, rank: int, layer: int) -> Iterator[Leaf]:
+    """The leaves of one layer. Where tp exceeds num_kv_heads, neighbouring ranks hold the same KV head."""
+    family, local = _family(config), local_sizes(config, tp)
+    d, dim, ff = config.hidden_size, config.head_dim, config.intermediate_size
+    first_kv = rank * config.num_kv_heads // tp
+
+    def heads(name: str, num_heads: int, first: int, count: int) -> Piece:
+        return Piece(name.format(layer=layer), (num_heads * dim, d), 0, first * dim, (first + count) * dim)
+
+    def columns(name: str) -> Piece:
+        first = rank * local.intermediate_size
+        return Piece(name.format(layer=layer), (ff, d), 0, first, first + local.intermediate_size)
+
+    def rows(name: str, size: int) -> Piece:
+        return Piece(name.format(layer=layer), (d, size), 1, rank * size // tp, (rank + 1) * size // tp)
+
+    def leaf(key: str, *pieces: Piece, transpose: bool = True) -> Leaf:
+        return Leaf(("layers", layer, key), pieces, transpose)
+
+    yield leaf("attn_norm", _whole(family.attn_norm.format(layer=layer), d), transpose=False)
+    yield leaf(
+        "qkv",
+        heads(family.q, config.num_heads, rank * local.num_heads, local.num_heads),
+        heads(family.k, config.num_kv_heads, first_kv, local.num_kv_heads),
+        heads(family.v, config.num_kv_heads, first_kv, local.num_kv_heads),
+    )
+    yield leaf("o", rows(family.o, config.num_heads * dim))
+    yield leaf("ffn_norm", _whole(family.ffn_norm.format(layer=layer), d), transpose=False)
+    yield leaf("gate_up", columns(family.gate), columns(family.up))
+    yield leaf("down", rows(family.down, ff))
+
+
+def _whole(name: str, size: int) -> Piece:
+    return Piece(name, (size,), 0, 0, size)
+
+
+def _family(config: ModelConfig) -> Family:
+    return next(family for family in FAMILIES if family.name == config.family)
