@@ -25,10 +25,10 @@ import msgspec
 import numpy as np
 
 from loong_jax.config import ModelConfig, RopeConfig
+from loong_jax.model.decoder import Params, decode_stack, init_params
 from loong_jax.model.default_model import train_tokenizer
 from loong_jax.model.export import save_checkpoint
 from loong_jax.model.layers import rms_norm, rope_frequencies
-from loong_jax.model.llama import Params, decode_stack, init_params
 from loong_jax.model.oracle import causal_attention
 
 PROBE_TOKENS = 2048

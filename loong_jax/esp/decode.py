@@ -20,7 +20,7 @@ from loong_jax.config import ModelConfig
 from loong_jax.esp.layout import OWN_FIELDS, StepShape, bits_to_float, decode_layout, float_to_bits
 from loong_jax.esp.prefill import exchange
 from loong_jax.kv_pool import InstanceState, apply_deltas
-from loong_jax.model.llama import Attend, decode_stack, logits
+from loong_jax.model.decoder import Attend, decode_stack, logits
 from loong_jax.model.sampling import sample
 from pallas_kernels.paged_partial import paged_partial
 from pallas_kernels.partial import Partial, merge, merge_many

@@ -31,7 +31,7 @@ from loong_jax.esp.layout import (
     prefill_layout,
 )
 from loong_jax.kv_pool import InstanceState, apply_deltas
-from loong_jax.model.llama import Attend, decode_stack, logits
+from loong_jax.model.decoder import Attend, decode_stack, logits
 from loong_jax.model.sampling import sample
 from pallas_kernels.flash_partial import flash_partial
 from pallas_kernels.paged_partial import paged_partial

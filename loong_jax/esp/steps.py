@@ -16,7 +16,7 @@ from loong_jax.esp.layout import StepShape, layout_of, step_shape
 from loong_jax.esp.prefill import prefill_step
 from loong_jax.esp.transfer import transfer_step
 from loong_jax.kv_pool import STATE_SPEC, InstanceState, state_structs
-from loong_jax.model.llama import param_structs
+from loong_jax.model.decoder import param_structs
 from loong_jax.programs import StepFunction
 from loong_jax.types import Phase, Program
 

@@ -3,7 +3,7 @@
 What it is: a check of all tensors before anything is placed, and the placing: leaf by leaf, so that host memory holds
 about one fused leaf at a time, and each byte is read once however many instances get it.
 What it is not: the plan of slices (`leaves.py`), a file format (`safetensors_reader.py`), the configuration
-(`hf_config.py`) or the model (`llama.py`).
+(`hf_config.py`) or the model (`decoder.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from loong_jax.config import ModelConfig
+from loong_jax.model.decoder import Params, param_structs
 from loong_jax.model.leaves import leaves_of
-from loong_jax.model.llama import Params, param_structs
 from loong_jax.model.safetensors_reader import SafetensorsReader
 
 # jaxlib has no stubs: to a type checker jax.Device is a variable.

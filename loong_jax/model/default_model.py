@@ -12,8 +12,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from loong_jax.config import ModelConfig, RopeConfig
+from loong_jax.model.decoder import init_params
 from loong_jax.model.export import save_checkpoint
-from loong_jax.model.llama import init_params
 
 DEFAULT_CONFIG = ModelConfig(
     family="llama",

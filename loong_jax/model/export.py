@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from loong_jax.config import ModelConfig
+from loong_jax.model.decoder import Params
 from loong_jax.model.leaves import leaves_of
-from loong_jax.model.llama import Params
 from loong_jax.model.safetensors_reader import INDEX_FILE, SINGLE_FILE
 
 

@@ -1,7 +1,7 @@
 """What differs between model families: one table row each.
 
 What it is: the names a family's checkpoint gives to our weights, and the config fields it must not use.
-What it is not: computation (`llama.py`); a family that computes otherwise gets its own module and a row here.
+What it is not: computation (`decoder.py`); a family that computes otherwise gets its own module and a row here.
 """
 
 import msgspec

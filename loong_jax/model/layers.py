@@ -2,7 +2,7 @@
 
 What it is: small pure functions on arrays. Precision is explicit: matmuls accumulate in float32 and return float32,
 norms and rotary embedding compute in float32 whatever the dtype of the weights; callers round once, at the end.
-What it is not: attention, which is an argument of the model (`llama.py`).
+What it is not: attention, which is an argument of the model (`decoder.py`).
 """
 
 import jax

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 
 from loong_jax.config import ModelConfig
+from loong_jax.model.decoder import local_sizes
 from loong_jax.model.families import FAMILIES, Family
-from loong_jax.model.llama import local_sizes
 
 
 class Tensors(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from loong_jax.config import ModelConfig
-from loong_jax.model.llama import Params, decode_stack, logits
+from loong_jax.model.decoder import Params, decode_stack, logits
 
 QUERY_BLOCK = 256
 

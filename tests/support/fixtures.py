@@ -9,8 +9,8 @@ import numpy as np
 
 from loong_jax.config import ModelConfig
 from loong_jax.model.checkpoint import load_checkpoint
+from loong_jax.model.decoder import Params
 from loong_jax.model.hf_config import read_config
-from loong_jax.model.llama import Params
 from loong_jax.model.oracle import Oracle
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

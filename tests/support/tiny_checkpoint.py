@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from loong_jax.config import ModelConfig
+from loong_jax.model.decoder import init_params
 from loong_jax.model.export import save_checkpoint
-from loong_jax.model.llama import init_params
 from tests.support.byte_tokenizer import BOS, EOS, VOCAB_SIZE, save_byte_tokenizer
 
 CONFIG = ModelConfig(

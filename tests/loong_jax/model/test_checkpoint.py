@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 
 from loong_jax.config import ModelConfig
 from loong_jax.model.checkpoint import load_checkpoint
+from loong_jax.model.decoder import init_params, param_structs
 from loong_jax.model.export import save_checkpoint
 from loong_jax.model.hf_config import read_config
-from loong_jax.model.llama import init_params, param_structs
 from loong_jax.model.safetensors_reader import SINGLE_FILE
 from tests.support.fixtures import NAMES, model_directory
 

@@ -9,9 +9,9 @@ import pytest
 
 from loong_jax.config import ModelConfig, RopeConfig
 from loong_jax.model.checkpoint import load_checkpoint
+from loong_jax.model.decoder import init_params
 from loong_jax.model.export import save_checkpoint
 from loong_jax.model.hf_config import read_config
-from loong_jax.model.llama import init_params
 
 CONFIG = ModelConfig("llama", 101, 64, 96, 2, 4, 2, 32, 4096, bos_id=0, eos_ids=(1, 2))
 ROPE3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 1024)

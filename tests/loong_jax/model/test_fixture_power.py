@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loong_jax.model.llama import decode_stack, init_params, logits
+from loong_jax.model.decoder import decode_stack, init_params, logits
 from tests.support.fixtures import NAMES, load_fixture, random_prompt
 from tests.support.kv_mutation import Mutation, mutated_change, right_run
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from loong_jax.config import ModelConfig
+from loong_jax.model.decoder import param_structs
 from loong_jax.model.leaves import Leaf, Piece, leaves_of
-from loong_jax.model.llama import param_structs
 
 CONFIG = ModelConfig("llama", 101, 64, 96, 2, 4, 2, 16, 4096)
 

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 from loong_jax.config import ModelConfig
 from loong_jax.model.checkpoint import load_checkpoint
+from loong_jax.model.decoder import init_params
 from loong_jax.model.export import save_checkpoint
 from loong_jax.model.hf_config import CheckpointError
-from loong_jax.model.llama import init_params
 from loong_jax.model.safetensors_reader import INDEX_FILE, SINGLE_FILE
 
 CONFIG = ModelConfig("llama", 101, 64, 96, 2, 4, 2, 16, 4096)

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from loong_jax.config import ConfigError, ModelConfig
 from loong_jax.model.checkpoint import load_checkpoint
+from loong_jax.model.decoder import decode_stack, init_params, logits, param_structs, stack_layers
 from loong_jax.model.export import save_checkpoint
-from loong_jax.model.llama import decode_stack, init_params, logits, param_structs, stack_layers
 from loong_jax.model.oracle import Oracle, causal_attention
 
 CONFIG = ModelConfig("llama", 101, 64, 96, 2, 4, 2, 16, 4096)
