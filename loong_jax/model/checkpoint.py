@@ -41,15 +41,15 @@ def load_checkpoint(
 
     Raises CheckpointError naming file and tensor, before anything is placed; ConfigError if tp cannot divide the model.
     """
-    structs = param_structs(config, tp, stacked=False)
     ranks = [rank for rank in range(tp) if any(row[rank] is not None for row in devices)]
-    out = [[_empty(config, device) for device in row] for row in devices]
     with SafetensorsReader(directory) as tensors:
         sizes = {
             p.name: tensors.check(p.name, p.shape, config.dtype)
             for leaf in leaves_of(config, tp, 0)
             for p in leaf.pieces
         }
+        structs = param_structs(config, tp, stacked=False)
+        out = [[_empty(config, device) for device in row] for row in devices]
         total, done = sum(sizes.values()), 0
         for leaves in zip(*(leaves_of(config, tp, rank) for rank in ranks), strict=True):
             for rank, leaf in zip(ranks, leaves, strict=True):

@@ -4,16 +4,24 @@ What it is: reading and refusing. Every refusal is a CheckpointError that names 
 What it is not: weights (`checkpoint.py`) or the tokenizer (`serving/tokenizer.py`).
 """
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 from loong_jax.config import ConfigError, ModelConfig, RopeConfig
 from loong_jax.model.families import FAMILIES, Family
+from loong_jax.model.untrusted import CheckpointError, is_there, read_object, shown
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be served. The message names the file and the field or tensor."""
+# Far above any model, and low enough that no arithmetic or loop over a size gets out of hand.
+_MOST = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "vocab_size": 2**24,
+}
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -22,11 +30,11 @@ def read_config(directory: str | Path) -> ModelConfig:
     Raises CheckpointError for a missing or broken file, an unsupported architecture, field or value.
     """
     path = Path(directory) / "config.json"
-    raw = _read_json(path)
+    raw = read_object(path.parent, path.name)
     family = family_of(raw.get("architectures"), path)
     for field, only in family.refused.items():
         if raw.get(field, only) != only:
-            raise CheckpointError(f"{path}: {field}: {raw[field]!r} is not supported, only {only!r}")
+            raise CheckpointError(f"{path}: {field}: {shown(raw[field])} is not supported, only {only!r}")
     fields = _Fields(path, raw)
     num_heads = fields.positive("num_attention_heads")
     hidden_size = fields.positive("hidden_size")
@@ -45,7 +53,7 @@ def read_config(directory: str | Path) -> ModelConfig:
             rope=_read_rope(fields),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             tie_embeddings=fields.boolean("tie_word_embeddings", False),
-            bos_id=fields.integer("bos_token_id") if raw.get("bos_token_id") is not None else None,
+            bos_id=_bos_id(path, raw),
             eos_ids=_eos_ids(path, raw),
             dtype=_read_dtype(path, raw),
         )
@@ -60,7 +68,7 @@ def family_of(architectures: Any, path: Path) -> Family:
         if family.architecture == name:
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
-    raise CheckpointError(f"{path}: architectures: {architectures!r} is not supported; supported: {known}")
+    raise CheckpointError(f"{path}: architectures: {shown(architectures)} is not supported; supported: {known}")
 
 
 class _Fields:
@@ -76,7 +84,7 @@ class _Fields:
         if value is None:
             raise CheckpointError(f"{self.path}: {self.prefix}{field}: is missing")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise CheckpointError(f"{self.path}: {self.prefix}{field}: {value!r} is no {kinds[0].__name__}")
+            raise CheckpointError(f"{self.path}: {self.prefix}{field}: {shown(value)} is no {kinds[0].__name__}")
         return value
 
     def integer(self, field: str, default: int | None = None) -> int:
@@ -85,11 +93,21 @@ class _Fields:
     def positive(self, field: str, default: int | None = None) -> int:
         value = self.integer(field, default)
         if value < 1:
-            raise CheckpointError(f"{self.path}: {self.prefix}{field}: {value} is not positive")
+            raise CheckpointError(f"{self.path}: {self.prefix}{field}: {shown(value)} is not positive")
+        most = _MOST.get(field, 2**31 - 1)
+        if value > most:
+            raise CheckpointError(f"{self.path}: {self.prefix}{field}: {shown(value)} is more than {most}")
         return value
 
     def number(self, field: str, default: float | None = None) -> float:
-        return float(self._get(field, default, (float, int)))
+        value = self._get(field, default, (float, int))
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise CheckpointError(f"{self.path}: {self.prefix}{field}: is not finite")
+        return value
 
     def boolean(self, field: str, default: bool) -> bool:
         return self._get(field, default, (bool,))
@@ -100,14 +118,18 @@ def _read_rope(fields: _Fields) -> RopeConfig:
     name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
     raw = fields.raw.get(name) or {}
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{fields.path}: {name}: {raw!r} is no object")
+        raise CheckpointError(f"{fields.path}: {name}: {shown(raw)} is no object")
     rope = _Fields(fields.path, raw, f"{name}.")
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    if theta <= 0:
+        raise CheckpointError(f"{fields.path}: rope_theta: {theta} is not positive")
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind != "llama3":
-        raise CheckpointError(f"{fields.path}: {name}.rope_type: {kind!r} is not supported, only default and llama3")
+        raise CheckpointError(
+            f"{fields.path}: {name}.rope_type: {shown(kind)} is not supported, only default and llama3"
+        )
     config = RopeConfig(
         theta=theta,
         kind="llama3",
@@ -127,29 +149,30 @@ def _read_dtype(path: Path, raw: dict[str, Any]) -> str:
     """Weights of float16 are refused: their range is not bfloat16's, and silence would change results."""
     dtype = raw.get("dtype", raw.get("torch_dtype")) or "float32"
     if dtype not in ("float32", "bfloat16"):
-        raise CheckpointError(f"{path}: dtype: {dtype!r} is not supported, only float32 and bfloat16")
+        raise CheckpointError(f"{path}: dtype: {shown(dtype)} is not supported, only float32 and bfloat16")
     return dtype
 
 
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _bos_id(path: Path, raw: dict[str, Any]) -> int | None:
+    value = raw.get("bos_token_id")
+    if value is not None and not _is_token(value):
+        raise CheckpointError(f"{path}: bos_token_id: {shown(value)} is no token id")
+    return value
+
+
 def _eos_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    generation = path.parent / "generation_config.json"
+    sources = [(path, raw)]
+    if is_there(path.parent, "generation_config.json"):
+        sources.append((path.parent / "generation_config.json", read_object(path.parent, "generation_config.json")))
     found: list[int] = []
-    for source, values in ((path, raw), (generation, _read_json(generation) if generation.exists() else {})):
+    for source, values in sources:
         ids = values.get("eos_token_id")
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(token, int) for token in ids):
-            raise CheckpointError(f"{source}: eos_token_id: {ids!r} are no integers")
+        if not all(_is_token(token) for token in ids):
+            raise CheckpointError(f"{source}: eos_token_id: {shown(ids)} are no token ids")
         found += [token for token in ids if token not in found]
     return tuple(found)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: is no JSON object")
-    return raw

@@ -5,6 +5,7 @@ them; and the assembling of one leaf from the slices a reader gives.
 What it is not: a reader of files (`safetensors_reader.py`), or the placing on devices (`checkpoint.py`).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -14,18 +15,26 @@ import numpy as np
 from loong_jax.config import ModelConfig
 from loong_jax.model.decoder import local_sizes
 from loong_jax.model.families import FAMILIES, Family
+from loong_jax.model.untrusted import CheckpointError
+
+_BLOCK_ELEMENTS = 1 << 20
+"""Read at once: few enough to stay in a cache between the check, the read and the transposed write."""
 
 
 class Tensors(Protocol):
-    """The tensors of a checkpoint, whatever its format: named, with Hugging Face names and shapes. Both methods raise
-    CheckpointError naming file and tensor."""
+    """The tensors of a checkpoint, whatever its format: named, with Hugging Face names and shapes. `check` and `read`
+    raise CheckpointError naming file and tensor."""
+
+    def where(self, name: str) -> str:
+        """The tensor as errors name it: file and tensor."""
+        ...
 
     def check(self, name: str, shape: tuple[int, ...], dtype: str) -> int:
         """Bytes of a tensor, after its description was compared with what the configuration asks for."""
         ...
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a tensor that was checked. Only that slice is read."""
+        """A slice of a tensor that was checked; `index` has a slice of step 1 for some of the first axes."""
         ...
 
 
@@ -38,9 +47,27 @@ class Piece(msgspec.Struct, frozen=True):
     start: int
     stop: int
 
-    def read(self, tensors: Tensors) -> np.ndarray:
-        rows = slice(self.start, self.stop)
-        return tensors.read(self.name, (slice(None),) * self.axis + (rows,))
+    def read(self, tensors: Tensors) -> Iterator[tuple[int, np.ndarray]]:
+        """The slice in blocks of rows: (first row within the slice, block). Raises CheckpointError for NaN and inf."""
+        cut = slice(self.start, self.stop)
+        first, stop = (self.start, self.stop) if self.axis == 0 else (0, self.shape[0])
+        step = max(1, _BLOCK_ELEMENTS // math.prod(self.shape[1:]))
+        for row in range(first, stop, step):
+            rows = slice(row, min(row + step, stop))
+            block = tensors.read(self.name, (rows,) if self.axis == 0 else (rows, cut))
+            if not all_finite(block):
+                raise CheckpointError(f"{tensors.where(self.name)}: holds NaN or infinite values")
+            yield row - first, block
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start if self.axis == 0 else self.shape[0]
+
+
+def all_finite(block: np.ndarray) -> bool:
+    """Whether no float32 or bfloat16 value is NaN or infinite: those have every bit of the exponent set."""
+    bits, exponent = (np.uint32, 0x7F800000) if block.dtype == np.float32 else (np.uint16, 0x7F80)
+    return block.size == 0 or int((block.view(bits) & bits(exponent)).max()) < exponent
 
 
 class Leaf(msgspec.Struct, frozen=True):
@@ -55,12 +82,13 @@ class Leaf(msgspec.Struct, frozen=True):
         out = np.zeros(shape, dtype)
         filled = 0
         for piece in self.pieces:
-            block = piece.read(tensors)
-            if self.transpose:
-                out[:, filled : filled + block.shape[0]] = block.T
-                filled += block.shape[0]
-            else:
-                out[: block.shape[0]] = block
+            for row, block in piece.read(tensors):
+                rows = slice(filled + row, filled + row + block.shape[0])
+                if self.transpose:
+                    out[:, rows] = block.T
+                else:
+                    out[rows] = block
+            filled += piece.num_rows
         return out
 
 

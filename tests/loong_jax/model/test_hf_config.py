@@ -93,7 +93,26 @@ def test_default_rope_in_the_newer_spelling(tmp_path):
         ("rope_scaling.high_freq_factor", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}),
         ("rope_scaling", {"rope_scaling": "llama3"}),
         ("rope_theta", {"rope_theta": "big"}),
+        ("rope_theta", {"rope_theta": -1}),
+        ("rope_theta", {"rope_theta": 10**400}),
+        ("rms_norm_eps", {"rms_norm_eps": "1e-5"}),
+        ("rms_norm_eps", {"rms_norm_eps": [1e-5]}),
+        ("num_hidden_layers", {"num_hidden_layers": 10**9}),
+        ("vocab_size", {"vocab_size": 10**30}),
+        ("vocab_size", {"vocab_size": 1e3}),
+        ("vocab_size", {"vocab_size": -5}),
+        ("hidden_size", {"hidden_size": {"a": [1]}}),
+        ("max_position_embeddings", {"max_position_embeddings": 2**31}),
+        ("tie_word_embeddings", {"tie_word_embeddings": "yes"}),
+        ("dtype", {"torch_dtype": ["float32"]}),
+        ("architectures", {"architectures": {"0": "LlamaForCausalLM"}}),
+        ("architectures", {"architectures": [["LlamaForCausalLM"]]}),
+        ("bos_token_id", {"bos_token_id": -1}),
+        ("bos_token_id", {"bos_token_id": [1]}),
         ("eos_token_id", {"eos_token_id": "</s>"}),
+        ("eos_token_id", {"eos_token_id": [True]}),
+        ("eos_token_id", {"eos_token_id": [-1]}),
+        ("eos_token_id", {"eos_token_id": 2**40}),
     ],
 )
 def test_refusals_name_file_and_field(tmp_path, field, changes):
@@ -103,12 +122,27 @@ def test_refusals_name_file_and_field(tmp_path, field, changes):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json: file is missing"):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "\xff", '{"a": ' * 100_000, '{"vocab_size": NaN}', '{"a": ' + "9" * 5000 + "}"]
+)
 def test_broken_file(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"config\.json: is no JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is no JSON") as refusal:
+        read_config(tmp_path)
+    assert len(str(refusal.value)) < 500
+
+
+def test_a_field_given_twice(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 5, "vocab_size": 6}')
+    with pytest.raises(CheckpointError, match=r"config\.json: 'vocab_size': is there twice"):
+        read_config(tmp_path)
+
+
+def test_infinite_numbers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA).replace("1e-05", "1e999"))
+    with pytest.raises(CheckpointError, match=r"config\.json: rms_norm_eps: is not finite"):
         read_config(tmp_path)
