@@ -20,19 +20,47 @@ def _require(condition: bool, field: str, message: str) -> None:
         raise ConfigError(f"{field}: {message}")
 
 
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
 class RopeConfig(msgspec.Struct, frozen=True):
-    """Rotary embedding. `kind`: "default" or "llama3" (the four last fields are llama3's)."""
+    """Rotary embedding, `kind` one of ROPE_KINDS; what a field means to which kind stands beside it.
+
+    The frequencies of "dynamic" and "longrope" depend on a request's length (`by_length`), and on nothing else, so that
+    cached keys stay right: the length is fixed when the request arrives."""
 
     theta: float = 10_000.0
     kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    factor: float = 1.0  # linear, dynamic, yarn, llama3
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_position: int = 8192  # dynamic, yarn, llama3, longrope
+    attention_factor: float = 1.0  # yarn, longrope: scales cos and sin
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn
+    short_factor: tuple[float, ...] = ()  # longrope: one for each rotated pair, up to original_max_position
+    long_factor: tuple[float, ...] = ()  # longrope: beyond it
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ROPE_KINDS, "rope.kind", f"{self.kind!r} is none of {', '.join(ROPE_KINDS)}")
+        _require(self.theta > 1, "rope.theta", "must exceed 1")
+        _require(self.factor > 0, "rope.factor", "must be positive")
+        _require(self.original_max_position >= 1, "rope.original_max_position", "must be positive")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on the length a request is admitted with."""
+        return self.kind in ("dynamic", "longrope")
 
 
 class ModelConfig(msgspec.Struct, frozen=True):
-    """A dense decoder. `dtype`: "float32" or "bfloat16"."""
+    """A dense decoder. `dtype`: "float32" or "bfloat16". What a whole family has in common is in
+    `model/families.py`; here is what differs between its checkpoints.
+
+    `windows`: of each layer, how many positions a query sees, its own included (0: all); () where no layer has a
+    window. `window_rope`: rotary embedding of the layers with a window, where it is another one. `query_scalar`: scores
+    are scaled by its -0.5th power (None: head_dim)."""
 
     family: str
     vocab_size: int
@@ -49,13 +77,54 @@ class ModelConfig(msgspec.Struct, frozen=True):
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    windows: tuple[int, ...] = ()
+    window_rope: RopeConfig | None = None
+    query_scalar: float | None = None
+    attn_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             _require(getattr(self, field) >= 1, field, "must be positive")
         _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "must divide num_heads")
-        _require(self.head_dim % 2 == 0, "head_dim", "must be even")
+        _require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even")
         _require(self.dtype in ("float32", "bfloat16"), "dtype", f"{self.dtype!r} is not float32 or bfloat16")
+        _require(len(self.windows) in (0, self.num_layers), "windows", "must be one for each layer")
+        _require(min(self.windows, default=0) >= 0, "windows", "must not be negative")
+        for field in ("query_scalar", "attn_soft_cap", "logit_soft_cap"):
+            value = getattr(self, field)
+            _require(value is None or value > 0, field, "must be positive")
+        for rope in (self.rope, self.window_rope or self.rope):
+            _require(rope.kind != "dynamic" or self.head_dim > 2, "head_dim", "must exceed 2 for dynamic rope")
+            for factors in (rope.short_factor, rope.long_factor) if rope.kind == "longrope" else ():
+                right = len(factors) == self.head_dim // 2 and min(factors) > 0
+                _require(right, "rope factors", f"must be {self.head_dim // 2} positive numbers")
+
+    @property
+    def attention_scale(self) -> float:
+        return (self.query_scalar or self.head_dim) ** -0.5
+
+    @property
+    def kv_window(self) -> int:
+        """How many positions back any layer looks, its own included: KV before is never read again. 0: no bound."""
+        return max(self.windows) if self.windows and min(self.windows) > 0 else 0
+
+    @property
+    def rope_by_length(self) -> bool:
+        return self.rope.by_length or (self.window_rope is not None and self.window_rope.by_length)
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model is made for: `max_position`, stretched where that tells the length before scaling (with
+        a `window_rope` it tells the length after it)."""
+        rope = self.rope
+        if rope.kind in ("linear", "dynamic") and self.window_rope is None:
+            return max(self.max_position, int(self.max_position * rope.factor))
+        if rope.kind == "yarn":
+            return max(self.max_position, int(rope.original_max_position * rope.factor))
+        return self.max_position
 
 
 class LadderConfig(msgspec.Struct, frozen=True):

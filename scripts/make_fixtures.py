@@ -28,8 +28,9 @@ from loong_jax.config import ModelConfig, RopeConfig
 from loong_jax.model.decoder import Params, decode_stack, init_params
 from loong_jax.model.default_model import train_tokenizer
 from loong_jax.model.export import save_checkpoint
-from loong_jax.model.layers import rms_norm, rope_frequencies
+from loong_jax.model.layers import rms_norm
 from loong_jax.model.oracle import causal_attention
+from loong_jax.model.rope import rope_frequencies
 
 PROBE_TOKENS = 2048
 CONSTANT = 32.0  # value of lane 0 in every embedding; the other lanes have unit variance

@@ -20,7 +20,7 @@ from loong_jax.config import ModelConfig
 from loong_jax.esp.layout import OWN_FIELDS, StepShape, bits_to_float, decode_layout, float_to_bits
 from loong_jax.esp.prefill import exchange
 from loong_jax.kv_pool import InstanceState, apply_deltas
-from loong_jax.model.decoder import Attend, decode_stack, logits
+from loong_jax.model.decoder import Attend, decode_stack, layer_window, logits
 from loong_jax.model.sampling import sample
 from pallas_kernels.paged_partial import paged_partial
 from pallas_kernels.partial import Partial, merge, merge_many
@@ -40,7 +40,6 @@ def decode_attention(
 ) -> Attend:
     """The model's attention argument for a decode step; the carry is the pool."""
     rows, dop = shape.bucket, shape.dop
-    scale = model.head_dim**-0.5
     first_own = lax.axis_index("sp") * rows
     start, length = every.start, every.length
     own_start = lax.dynamic_slice_in_dim(start, first_own, rows)
@@ -50,8 +49,10 @@ def decode_attention(
 
     def partial_of(q, position, kv_pages, layer, start, length) -> Partial:
         part = paged_partial(
-            q[:, None], position[:, None], kv_pages, layer, table, start, length, scale=scale, platform=shape.platform
-        )
+            q[:, None], position[:, None], kv_pages, layer, table, start, length,
+            scale=model.attention_scale, window=layer_window(model, layer), soft_cap=model.attn_soft_cap,
+            platform=shape.platform,
+        )  # fmt: skip
         return Partial(part.out[:, 0], part.lse[:, 0])
 
     def attend(kv_pages, layer, q, k, v):

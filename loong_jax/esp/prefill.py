@@ -31,7 +31,7 @@ from loong_jax.esp.layout import (
     prefill_layout,
 )
 from loong_jax.kv_pool import InstanceState, apply_deltas
-from loong_jax.model.decoder import Attend, decode_stack, logits
+from loong_jax.model.decoder import Attend, decode_stack, layer_window, logits
 from loong_jax.model.sampling import sample
 from pallas_kernels.flash_partial import flash_partial
 from pallas_kernels.paged_partial import paged_partial
@@ -134,8 +134,8 @@ def _attend_gathered(
     layer: jax.Array | int,
     context: Context,
     num_tiles: jax.Array,
+    model: ModelConfig,
     shape: StepShape,
-    scale: float,
 ) -> Partial:
     """Context stays put: tiles of every rank's queries are gathered, partials come back to their owner."""
     dop, tile_units, page_tokens = shape.dop, shape.query_tile_units, shape.page_tokens
@@ -155,7 +155,8 @@ def _attend_gathered(
         q_rows = q_tile.reshape(-1, page_tokens, heads, dim)
         part = paged_partial(
             q_rows, q_pos, kv_pages, layer, context.table, context.start[row], length,
-            scale=scale, platform=shape.platform,
+            scale=model.attention_scale, window=layer_window(model, layer), soft_cap=model.attn_soft_cap,
+            platform=shape.platform,
         )  # fmt: skip
         part = Partial(part.out.reshape(-1, heads, dim), part.lse.reshape(-1, heads))
         if dop > 1:
@@ -180,15 +181,17 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
     """The model's attention argument for a prefill step; the carry is the pool."""
     units = fields["units"]
     mask = token_mask(units, shape.page_tokens)
-    scale = model.head_dim**-0.5
 
     def attend(kv_pages, layer, q, k, v):
+        window = layer_window(model, layer)
+
         def use(partial, kv_pages, block):
             kv_mask = token_mask(block.units, shape.page_tokens)
             k, v = block.kv
             part = flash_partial(
-                q, k, v, mask.row, mask.position, kv_mask.row, kv_mask.position, scale=scale, platform=shape.platform
-            )
+                q, k, v, mask.row, mask.position, kv_mask.row, kv_mask.position,
+                scale=model.attention_scale, window=window, soft_cap=model.attn_soft_cap, platform=shape.platform,
+            )  # fmt: skip
             return merge(partial, part), keep_pages(kv_pages, layer, block, shape)
 
         def use_tile(index, carry):
@@ -200,7 +203,7 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
         partial = empty(q.shape)
         partial, kv_pages = ring(use, partial, kv_pages, Block(jnp.stack([k, v]), units), shape.dop)
         partial, kv_pages = lax.fori_loop(0, fields["num_ring_tiles"], use_tile, (partial, kv_pages))
-        partial = _attend_gathered(partial, q, units, kv_pages, layer, context, fields["num_query_tiles"], shape, scale)
+        partial = _attend_gathered(partial, q, units, kv_pages, layer, context, fields["num_query_tiles"], model, shape)
         return partial.out.astype(q.dtype), kv_pages
 
     return attend

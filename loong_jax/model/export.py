@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from loong_jax.config import ModelConfig
+from loong_jax.config import ModelConfig, RopeConfig
 from loong_jax.model.decoder import Params
+from loong_jax.model.families import Bias, Windowed, family_of
 from loong_jax.model.leaves import leaves_of
 from loong_jax.model.safetensors_reader import INDEX_FILE, SINGLE_FILE
 
@@ -50,27 +51,19 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
         first = 0
         for piece in leaf.pieces:
             size = piece.stop - piece.start
-            block = value[:, first : first + piece.shape[0]].T if leaf.transpose else value[:size]
+            block = value[:, first : first + piece.shape[0]].T if leaf.transpose else value[first : first + size]
             out[piece.name] = np.ascontiguousarray(block)
             first += piece.shape[0]
     return out
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a Llama."""
-    rope = config.rope
-    scaling: dict[str, Any] | None = None
-    if rope.kind == "llama3":
-        scaling = {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position,
-        }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    """The config.json from which `read_config` makes `config` again."""
+    family = family_of(config)
+    layer_types = ["sliding_attention" if window else "full_attention" for window in config.windows]
+    out = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -79,17 +72,48 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config.rope),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids),
         "torch_dtype": config.dtype,
+        **{field: values[0] for field, values in family.only.items() if values[0] is not None},
     }
+    if family.bias is Bias.CONFIG:
+        out["attention_bias"] = config.qkv_bias
+    if family.windowed is not Windowed.NEVER:
+        out["sliding_window"] = max(config.windows, default=0) or None
+    if family.windowed in (Windowed.SWITCHED, Windowed.ALTERNATING):
+        out["layer_types"] = layer_types or ["full_attention"] * config.num_layers
+    if family.windowed is Windowed.SWITCHED:
+        out["use_sliding_window"] = bool(config.windows)
+    if family.soft_caps:
+        out["query_pre_attn_scalar"] = config.query_scalar
+        out["attn_logit_softcapping"] = config.attn_soft_cap
+        out["final_logit_softcapping"] = config.logit_soft_cap
+    if config.window_rope is not None:
+        out["rope_local_base_freq"] = config.window_rope.theta
+    return out
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    original = {"original_max_position_embeddings": rope.original_max_position}
+    match rope.kind:
+        case "default":
+            return None
+        case "linear" | "dynamic":
+            named = {}
+        case "llama3":
+            named = {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor, **original}
+        case "yarn":
+            betas = {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+            named = {"attention_factor": rope.attention_factor, **betas, **original}
+        case _:
+            factors = {"short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
+            named = {"attention_factor": rope.attention_factor, **factors, **original}
+    return {"rope_type": rope.kind, "factor": rope.factor, **named}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

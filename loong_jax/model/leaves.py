@@ -14,7 +14,7 @@ import numpy as np
 
 from loong_jax.config import ModelConfig
 from loong_jax.model.decoder import local_sizes
-from loong_jax.model.families import FAMILIES, Family
+from loong_jax.model.families import family_of
 from loong_jax.model.untrusted import CheckpointError
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -94,7 +94,7 @@ class Leaf(msgspec.Struct, frozen=True):
 
 def leaves_of(config: ModelConfig, tp: int, rank: int) -> Iterator[Leaf]:
     """All leaves of one rank."""
-    family, local = _family(config), local_sizes(config, tp)
+    family, local = family_of(config), local_sizes(config, tp)
 
     def vocabulary(name: str) -> tuple[Piece, ...]:
         start = min(rank * local.vocab_size, config.vocab_size)
@@ -111,12 +111,20 @@ def leaves_of(config: ModelConfig, tp: int, rank: int) -> Iterator[Leaf]:
 
 def _layer_leaves(config: ModelConfig, tp: int, rank: int, layer: int) -> Iterator[Leaf]:
     """The leaves of one layer. Where tp exceeds num_kv_heads, neighbouring ranks hold the same KV head."""
-    family, local = _family(config), local_sizes(config, tp)
+    family, local = family_of(config), local_sizes(config, tp)
     d, dim, ff = config.hidden_size, config.head_dim, config.intermediate_size
     first_kv = rank * config.num_kv_heads // tp
 
     def heads(name: str, num_heads: int, first: int, count: int) -> Piece:
-        return Piece(name.format(layer=layer), (num_heads * dim, d), 0, first * dim, (first + count) * dim)
+        shape = (num_heads * dim,) if name.endswith("bias") else (num_heads * dim, d)
+        return Piece(name.format(layer=layer), shape, 0, first * dim, (first + count) * dim)
+
+    def qkv(q: str, k: str, v: str) -> tuple[Piece, ...]:
+        return (
+            heads(q, config.num_heads, rank * local.num_heads, local.num_heads),
+            heads(k, config.num_kv_heads, first_kv, local.num_kv_heads),
+            heads(v, config.num_kv_heads, first_kv, local.num_kv_heads),
+        )
 
     def columns(name: str) -> Piece:
         first = rank * local.intermediate_size
@@ -128,22 +136,26 @@ def _layer_leaves(config: ModelConfig, tp: int, rank: int, layer: int) -> Iterat
     def leaf(key: str, *pieces: Piece, transpose: bool = True) -> Leaf:
         return Leaf(("layers", layer, key), pieces, transpose)
 
-    yield leaf("attn_norm", _whole(family.attn_norm.format(layer=layer), d), transpose=False)
-    yield leaf(
-        "qkv",
-        heads(family.q, config.num_heads, rank * local.num_heads, local.num_heads),
-        heads(family.k, config.num_kv_heads, first_kv, local.num_kv_heads),
-        heads(family.v, config.num_kv_heads, first_kv, local.num_kv_heads),
-    )
+    def whole(key: str, name: str, size: int) -> Leaf:
+        return Leaf(("layers", layer, key), (_whole(name.format(layer=layer), size),), False)
+
+    yield whole("attn_norm", family.attn_norm, d)
+    yield leaf("qkv", *qkv(family.q, family.k, family.v))
+    if config.qkv_bias:
+        yield leaf("qkv_bias", *qkv(family.q_bias, family.k_bias, family.v_bias), transpose=False)
+    if family.qk_norm:
+        yield whole("q_norm", family.q_norm, dim)
+        yield whole("k_norm", family.k_norm, dim)
     yield leaf("o", rows(family.o, config.num_heads * dim))
-    yield leaf("ffn_norm", _whole(family.ffn_norm.format(layer=layer), d), transpose=False)
+    if config.o_bias:
+        yield whole("o_bias", family.o_bias, d)
+    yield whole("ffn_norm", family.ffn_norm, d)
     yield leaf("gate_up", columns(family.gate), columns(family.up))
     yield leaf("down", rows(family.down, ff))
+    if family.post_norms:
+        yield whole("attn_post_norm", family.attn_post_norm, d)
+        yield whole("ffn_post_norm", family.ffn_post_norm, d)
 
 
 def _whole(name: str, size: int) -> Piece:
     return Piece(name, (size,), 0, 0, size)
-
-
-def _family(config: ModelConfig) -> Family:
-    return next(family for family in FAMILIES if family.name == config.family)

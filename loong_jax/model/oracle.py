@@ -14,24 +14,35 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from loong_jax.config import ModelConfig
-from loong_jax.model.decoder import Params, decode_stack, logits
+from loong_jax.model.decoder import Attend, Params, decode_stack, logits
 
 QUERY_BLOCK = 256
 
 
 def causal_attention(
-    q: Float[Array, "tok head dim"], k: Float[Array, "tok kvh dim"], v: Float[Array, "tok kvh dim"]
+    q: Float[Array, "tok head dim"],
+    k: Float[Array, "tok kvh dim"],
+    v: Float[Array, "tok kvh dim"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "tok head dim"]:
     """Exact softmax attention of each token to itself and all before it, in float32. The number of tokens is at most
-    QUERY_BLOCK or a multiple of it."""
+    QUERY_BLOCK or a multiple of it. `scale`: of scores, `dim ** -0.5` if None. `window`: tokens it sees, with itself.
+    `soft_cap`: scores become `soft_cap * tanh(score / soft_cap)`."""
     num_tokens, num_heads, dim = q.shape
     block = min(QUERY_BLOCK, num_tokens)
+    factor = dim**-0.5 if scale is None else scale
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
 
     def attend_block(args):
         first, rows = args  # rows: [block, kvh, grp, dim]
-        scores = jnp.einsum("tkgd,skd->kgts", rows, k, precision="highest") * dim**-0.5
-        visible = jnp.arange(num_tokens)[None, :] <= first + jnp.arange(block)[:, None]
+        scores = jnp.einsum("tkgd,skd->kgts", rows, k, precision="highest") * factor
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        distance = first + jnp.arange(block)[:, None] - jnp.arange(num_tokens)[None, :]
+        visible = (distance >= 0) & (distance < (num_tokens if window is None else window))
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         return jnp.einsum("kgts,skd->tkgd", weights, v, precision="highest")
 
@@ -40,12 +51,22 @@ def causal_attention(
     return out.reshape(num_tokens, num_heads, dim).astype(q.dtype)
 
 
-@partial(jax.jit, static_argnames="config")
-def _logprobs(params: Params, config: ModelConfig, tokens: Array) -> Array:
-    def attend(carry, layer, q, k, v):
-        return causal_attention(q, k, v), carry
+def model_attention(config: ModelConfig) -> Attend:
+    """The attention that `config` asks for, over the tokens at hand; the carry is passed on."""
 
-    hidden, _ = decode_stack(params, config, tokens, jnp.arange(tokens.shape[0]), attend, None)
+    def attend(carry, layer, q, k, v):
+        window = config.windows[layer] or None if config.windows else None
+        out = causal_attention(q, k, v, scale=config.attention_scale, window=window, soft_cap=config.attn_soft_cap)
+        return out, carry
+
+    return attend
+
+
+@partial(jax.jit, static_argnames="config")
+def _logprobs(params: Params, config: ModelConfig, tokens: Array, rope_len: Array) -> Array:
+    lengths = jnp.broadcast_to(rope_len, tokens.shape)
+    positions = jnp.arange(tokens.shape[0])
+    hidden, _ = decode_stack(params, config, tokens, positions, model_attention(config), None, rope_len=lengths)
     return jax.nn.log_softmax(logits(params, config, hidden), axis=-1)
 
 
@@ -53,19 +74,21 @@ class Oracle:
     """Log-probabilities of whole token sequences on one device."""
 
     def __init__(self, config: ModelConfig, params: Params):
-        """`params`: the tree of one tensor-parallel rank at tp = 1, without its tp axis."""
+        """`params`: the tree of one tensor-parallel rank at tp = 1, without its tp axis, layers as a list."""
         self.config = config
         self.params = params
 
-    def logprobs(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """f32[len(tokens), vocab_size]; row p is the distribution of token p + 1."""
+    def logprobs(self, tokens: Sequence[int] | np.ndarray, rope_len: int | None = None) -> np.ndarray:
+        """f32[len(tokens), vocab_size]; row p is the distribution of token p + 1. `rope_len`: the length the request
+        was admitted with, where the rotary embedding depends on it (None: that of `tokens`)."""
         tokens = np.asarray(tokens, np.int32)
         # Padding on the right is invisible to causal attention; few lengths mean few compilations.
         padded = 16
         while padded < min(len(tokens), QUERY_BLOCK):
             padded *= 2
         padded = -(-len(tokens) // padded) * padded
-        rows = _logprobs(self.params, self.config, jnp.asarray(np.pad(tokens, (0, padded - len(tokens)))))
+        padded_tokens = jnp.asarray(np.pad(tokens, (0, padded - len(tokens))))
+        rows = _logprobs(self.params, self.config, padded_tokens, jnp.int32(rope_len or len(tokens)))
         return np.asarray(rows)[: len(tokens)]
 
     def greedy(self, tokens: Sequence[int] | np.ndarray, num_tokens: int) -> list[int]:

@@ -24,7 +24,7 @@ def flash_partial(
     kv_pos: Int[Array, " ctx"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
     platform: str | None = None,
     implementation: str | None = None,
@@ -36,7 +36,7 @@ def flash_partial(
     (also NaN) has no effect, and a query that sees nothing gives the empty partial. Order is free on both sides.
     `head` is a multiple of `kvh`: query head `h` reads KV head `h // (head // kvh)`.
 
-    scale: factor of q . k. soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
+    scale: factor of q . k. window: static or data. soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
     platform, implementation: see `dispatch`. Errors: `ExceptionGroup` of `NotImplementedError` when none serves.
     """
     return dispatch(

@@ -48,7 +48,7 @@ def extents(req: Int[Array, "block tok"], pos: Int[Array, "block tok"]) -> Exten
     )
 
 
-def may_see(q: Extent, kv: Extent, window: int | None) -> Bool[Array, "qblock kvblock"]:
+def may_see(q: Extent, kv: Extent, window: int | Array | None) -> Bool[Array, "qblock kvblock"]:
     """False only where no query of the block sees any key of the block.
 
     A visible key is never above its query in (request, position) order, so a key block whose lowest is above the query
@@ -98,7 +98,7 @@ def flash_partial(
     kv_pos: Int[Array, " ctx"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
     q_rows: int = Q_ROWS,
     kv_block: int = KV_BLOCK,

@@ -17,7 +17,7 @@ def flash_partial(
     kv_pos: Int[Array, " ctx"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.flash_partial`."""

@@ -24,7 +24,7 @@ def paged_partial(
     row_len: Int[Array, " row"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
     platform: str | None = None,
     implementation: str | None = None,
@@ -37,7 +37,7 @@ def paged_partial(
     without entries and padding give the empty partial. Unused slots, pages and entries may hold anything (also NaN).
     The cost follows the entries that rows have, not the size of the table or of the pool.
 
-    kv_pages: see `storage.py`. layer: may be traced. scale, soft_cap, platform, implementation: as in `flash_partial`.
+    kv_pages: see `storage.py`. layer, window: may be traced. The others as in `flash_partial`.
     """
     return dispatch(
         "paged_partial", IMPLEMENTATIONS, ORDER, q, q_pos, kv_pages, layer, entries, row_start, row_len,

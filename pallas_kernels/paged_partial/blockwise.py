@@ -35,7 +35,7 @@ def paged_partial(
     row_len: Int[Array, " row"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
     large_tile_tokens: int = LARGE_TILE_TOKENS,
     small_tile_tokens: int = SMALL_TILE_TOKENS,

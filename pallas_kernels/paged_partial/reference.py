@@ -21,7 +21,7 @@ def paged_partial(
     row_len: Int[Array, " row"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.paged_partial`."""

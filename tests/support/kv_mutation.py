@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from loong_jax.config import ModelConfig
 from loong_jax.model.decoder import Params, decode_stack, logits
-from loong_jax.model.layers import rope_frequencies, rotate
+from loong_jax.model.rope import rotate, rotation
 
 QUERY_BLOCK = 256
 
@@ -72,12 +72,12 @@ def _mutated(params: Params, config: ModelConfig, tokens, kv, layer, mutation, d
     positions = jnp.arange(tokens.shape[0])
     target = positions - distance
     source = jnp.where(mutation == Mutation.NEIGHBOUR.value, jnp.where(target > 0, target - 1, 1), target)
-    step = rope_frequencies(config.rope, config.head_dim)
+    later = rotation(config.rope, config.head_dim, jnp.ones_like(positions))
 
     def attend(kv, index, q, k, v):
         right_k, right_v = kv[index]
         k_spoilt, v_spoilt = right_k[source], right_v[source]
-        shifted = rotate(k_spoilt, jnp.ones_like(positions), step)
+        shifted = rotate(k_spoilt, later)
         k_spoilt = jnp.where(mutation == Mutation.SHIFT.value, shifted, k_spoilt)
         bias = jnp.where(mutation == Mutation.HIDE.value, -jnp.inf, 0.0)
         bias = jnp.where(mutation == Mutation.DOUBLE.value, jnp.log(2.0), bias)

@@ -17,7 +17,34 @@ CONFIG = ModelConfig("llama", 101, 64, 96, 2, 4, 2, 32, 4096, bos_id=0, eos_ids=
 ROPE3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 1024)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"rope": ROPE3}, {"dtype": "bfloat16"}], ids=str)
+GEMMA3 = {
+    "family": "gemma3_text",
+    "windows": (64, 0),
+    "window_rope": RopeConfig(1e3),
+    "query_scalar": 24.0,
+    "o_bias": True,
+    "qkv_bias": True,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"rope": ROPE3},
+        {"dtype": "bfloat16", "qkv_bias": True, "o_bias": True},
+        {"family": "mistral", "windows": (32, 32), "rope": RopeConfig(1e4, "linear", 2.0)},
+        {"family": "mistral"},
+        {"family": "qwen2", "qkv_bias": True, "rope": RopeConfig(1e6, "yarn", 4.0, original_max_position=1024)},
+        {"family": "qwen2", "qkv_bias": True, "windows": (0, 32)},
+        {"family": "qwen3", "rope": RopeConfig(1e6, "dynamic", 4.0, original_max_position=4096)},
+        {"rope": RopeConfig(1e6, "longrope", 4.0, short_factor=(1.0,) * 16, long_factor=(2.0,) * 16)},
+        {"family": "gemma2", "attn_soft_cap": 50.0, "logit_soft_cap": 30.0, "query_scalar": 16.0, "windows": (8, 0)},
+        GEMMA3,
+    ],
+    ids=str,
+)
 def test_export_and_load_are_inverse(tmp_path, changes):
     config = msgspec.structs.replace(CONFIG, **changes)
     params = init_params(config, 0)

@@ -1,8 +1,10 @@
 """The table of families has no two rows for one name, and names every tensor apart."""
 
 import msgspec
+import pytest
 
-from loong_jax.model.families import FAMILIES
+from loong_jax.config import ModelConfig
+from loong_jax.model.families import FAMILIES, family_of
 
 
 def test_rows_are_distinct():
@@ -11,10 +13,17 @@ def test_rows_are_distinct():
     )
 
 
-def test_tensor_names_are_distinct():
-    for family in FAMILIES:
-        names = [
-            value for value in msgspec.structs.astuple(family) if isinstance(value, str) and value.endswith(".weight")
-        ]
-        assert len(names) == len(set(names)) == 12
-        assert all(("{layer}" in name) == name.startswith("model.layers.") for name in names)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_tensor_names_are_distinct(family):
+    names = [
+        value
+        for value in msgspec.structs.astuple(family)
+        if isinstance(value, str) and value.endswith((".weight", ".bias"))
+    ]
+    assert len(names) == len(set(names)) == 18 + 2 * family.post_norms
+    assert all(("{layer}" in name) == name.startswith("model.layers.") for name in names)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_configuration_names_its_row(family):
+    assert family_of(ModelConfig(family.name, 101, 64, 96, 2, 4, 2, 16, 4096)) is family

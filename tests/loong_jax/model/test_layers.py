@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loong_jax.config import RopeConfig
-from loong_jax.model.layers import linear, rms_norm, rope_frequencies, rotate, swiglu
+from loong_jax.model.layers import gated, linear, rms_norm
 
 
 def test_rms_norm_is_float32_inside():
@@ -16,25 +15,9 @@ def test_rms_norm_is_float32_inside():
     assert rms_norm(jnp.asarray(x), jnp.asarray(weight, jnp.bfloat16), 1e-5).dtype == jnp.bfloat16
 
 
-def test_rotation_is_complex_multiplication():
-    frequencies = rope_frequencies(RopeConfig(theta=100.0), 8)
-    x = np.random.default_rng(0).normal(size=(5, 2, 8)).astype(np.float32)
-    positions = np.array([0, 1, 7, 100, 3])
-    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, None, None] * frequencies)
-    expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), frequencies), expected, atol=1e-5)
-
-
-def test_llama3_frequencies_keep_fast_and_slow_down_slow_pairs():
-    rope = RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)
-    plain = rope_frequencies(RopeConfig(500_000.0), 128)
-    scaled = rope_frequencies(rope, 128)
-    turns = 8192 * plain / (2 * np.pi)
-    np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4], rtol=1e-6)
-    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
-    between = (turns > 1) & (turns < 4)
-    assert between.any()
-    assert np.all((scaled < plain)[between] & (scaled > plain / 8)[between])
+def test_norm_weights_may_be_offsets_from_one():
+    x, weight = jnp.asarray([[3.0, -4.0]]), jnp.asarray([0.5, -0.5])
+    np.testing.assert_allclose(rms_norm(x, weight, 0.0, 1.0), rms_norm(x, 1 + weight, 0.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -47,7 +30,9 @@ def test_linear_accumulates_in_float32(dtype):
     np.testing.assert_array_equal(out, 4097.0)
 
 
-def test_swiglu():
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated(activation):
     gate, up = np.array([[-1.0, 2.0]]), np.array([[3.0, 5.0]])
-    out = swiglu(jnp.asarray(np.concatenate([gate, up], axis=1), jnp.float32))
-    np.testing.assert_allclose(out, gate / (1 + np.exp(-gate)) * up, rtol=1e-6)
+    out = gated(jnp.asarray(np.concatenate([gate, up], axis=1), jnp.float32), activation)
+    gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    np.testing.assert_allclose(out, (gate / (1 + np.exp(-gate)) if activation == "silu" else gelu) * up, rtol=1e-5)
