@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from loong_jax.config import ConfigError
 from loong_jax.model.hf_config import CheckpointError
 from serving import flags, launch
-from serving.client import LoongClient, generate_request
+from serving.client import LoongClient, chat_messages, generate_request
 from serving.engine import EngineConfig
 from serving.launch import EngineLost, LaunchConfig
 from serving.proto.loong.v1 import loong_pb2 as pb
@@ -150,6 +150,11 @@ def generate(
     token_ids: Annotated[
         str | None, typer.Option(help="The prompt as token ids, as in 1,15,7.", show_default=False)
     ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(help="The prompt as what a user says, put into the model's chat template.", show_default=False),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message before it. Absent: none.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Most tokens to generate. Default: the server's (256).")
     ] = None,
@@ -164,12 +169,17 @@ def generate(
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids, not text.")] = False,
 ) -> None:
     """Send one prompt to a server and print the answer as it comes; a summary goes to standard error."""
-    given = [value for value in (prompt, prompt_file, token_ids) if value is not None]
+    given = [value for value in (prompt, prompt_file, token_ids, chat) if value is not None]
     if len(given) != 1:
-        _fail("give exactly one of --prompt, --prompt-file and --token-ids", code=2)
+        _fail("give exactly one of --prompt, --prompt-file, --token-ids and --chat", code=2)
+    if system is not None and chat is None:
+        _fail("--system goes with --chat", code=2)
     with _told_errors():
+        content: str | tuple[int, ...] | pb.Messages
         if token_ids is not None:
-            content: str | tuple[int, ...] = flags.numbers("token-ids", token_ids)
+            content = flags.numbers("token-ids", token_ids)
+        elif chat is not None:
+            content = chat_messages(chat, system)
         else:
             content = prompt if prompt is not None else _read(prompt_file)
         request = generate_request(

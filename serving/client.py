@@ -27,7 +27,7 @@ class Generation(msgspec.Struct):
 
 
 def generate_request(
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | pb.Messages,
     *,
     max_tokens: int | None = None,
     temperature: float | None = None,
@@ -43,7 +43,8 @@ def generate_request(
     sampling = pb.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return pb.GenerateRequest(
         text=prompt if isinstance(prompt, str) else None,
-        token_ids=None if isinstance(prompt, str) else pb.TokenIds(ids=prompt),
+        token_ids=None if isinstance(prompt, str | pb.Messages) else pb.TokenIds(ids=prompt),
+        messages=prompt if isinstance(prompt, pb.Messages) else None,
         request_id=request_id,
         sampling=sampling,
         max_tokens=max_tokens,
@@ -51,6 +52,12 @@ def generate_request(
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
     )
+
+
+def chat_messages(user: str, system: str | None = None) -> pb.Messages:
+    """A conversation that begins."""
+    turns = [] if system is None else [pb.Message(role="system", content=system)]
+    return pb.Messages(messages=[*turns, pb.Message(role="user", content=user)])
 
 
 class LoongClient:

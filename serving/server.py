@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,6 +61,8 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         self._seeds = random.SystemRandom()
         # Encoding a long text takes long enough to be noticed by other streams.
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="loong-encode")
+        # One renderer at a time; a template that takes long holds up no other text.
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loong-chat")
         self.refusing: str | None = "the server is warming up"
         """Why new requests are refused now, None when they are not."""
 
@@ -68,7 +71,12 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
 
     @answering
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        ask = check_request(request, self._limits, has_tokenizer=self._tokenizer is not None)
+        ask = check_request(
+            request,
+            self._limits,
+            has_tokenizer=self._tokenizer is not None,
+            has_chat_template=self._tokenizer is not None and self._tokenizer.has_chat_template,
+        )
         if self.refusing is not None:
             raise NotServing(self.refusing)
         request_id = ask.request_id or uuid.uuid4().hex
@@ -83,7 +91,7 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
     async def _generate(
         self, request: pb.GenerateRequest, ask: Ask, request_id: str, context: grpc.aio.ServicerContext
     ) -> None:
-        token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self._encode(request.text)
+        token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self._encode(request)
         prompt, max_tokens = check_prompt(token_ids, ask, self._limits)
         sampling = ask.sampling
         if not ask.seed_given:
@@ -109,9 +117,14 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
             if not stream.engine_done:
                 self._loop.abort(number)
 
-    async def _encode(self, text: str) -> list[int]:
+    async def _encode(self, request: pb.GenerateRequest) -> list[int]:
         assert self._tokenizer is not None, "check_request refuses text without a tokenizer"
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, self._tokenizer.encode, text)
+        run = asyncio.get_running_loop().run_in_executor
+        if request.WhichOneof("prompt") == "text":
+            return await run(self._encoders, self._tokenizer.encode, request.text)
+        messages = [(message.role, message.content) for message in request.messages.messages]
+        text = await run(self._renderer, self._tokenizer.render_chat, messages, time.time())
+        return await run(self._encoders, self._tokenizer.encode_chat, text)
 
     @answering
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
@@ -131,6 +144,10 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         while True:
             await context.write(await asyncio.wrap_future(self._loop.ask_state()))
             await asyncio.sleep(interval_s)
+
+    def close(self) -> None:
+        if self._tokenizer is not None:
+            self._tokenizer.close()
 
     async def idle(self) -> None:
         """Wait until no Generate call is open."""
@@ -195,6 +212,7 @@ class LoongServer:
     async def stop(self) -> None:
         """End at once."""
         await self._server.stop(None)
+        self.servicer.close()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE):

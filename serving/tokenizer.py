@@ -1,7 +1,7 @@
 """Text to token ids and back, and the search for stop strings in what comes back.
 
-The work is the `tokenizers` library's; special tokens (BOS) are added as the checkpoint's tokenizer.json says. What it
-is not: a chat template.
+The work is the `tokenizers` library's; special tokens (BOS) are added as the checkpoint's tokenizer.json says, or as
+its chat template does. What it is not: the rendering of that template (`serving/chat.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import msgspec
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from loong_jax.model.untrusted import is_there, read_bytes
+from serving.chat import ChatTemplate
+
+TOKENIZER_FILE = "tokenizer.json"
+_MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 _CONTEXT_TOKENS = 6
 """Prompt tokens that precede the text: some decoders strip the space of a first word."""
 
@@ -24,22 +29,28 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A checkpoint's tokenizer. Encoding may take a second for a million tokens: call it off the event loop."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, chat: ChatTemplate | None = None) -> None:
         self._tokenizer = tokenizer
+        self._chat = chat
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint, None when it has none. Raises TokenizerError."""
-        path = directory / "tokenizer.json"
-        if not path.exists():
+        """The tokenizer of a checkpoint and its chat template, None when it has none. Raises TokenizerError,
+        CheckpointError."""
+        if not is_there(directory, TOKENIZER_FILE):
             return None
+        content = read_bytes(directory, TOKENIZER_FILE, _MAX_TOKENIZER_BYTES)
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path}: {error}") from error
+            raise TokenizerError(f"{directory / TOKENIZER_FILE}: {str(error)[:500]}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer)
+        return cls(tokenizer, ChatTemplate.load(directory))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat is not None
 
     @property
     def vocab_size(self) -> int:
@@ -47,6 +58,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
+
+    def render_chat(self, messages: Sequence[tuple[str, str]], now_s: float) -> str:
+        """What the chat template makes of (role, content) messages. Raises InvalidField."""
+        assert self._chat is not None, "asked for without a chat template"
+        return self._chat.render(messages, now_s)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Encode what `render_chat` gave: it holds its special tokens, none are added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def close(self) -> None:
+        if self._chat is not None:
+            self._chat.close()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)

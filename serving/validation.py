@@ -27,6 +27,8 @@ class ValidationLimits(msgspec.Struct, frozen=True):
     eos_ids: tuple[int, ...] = ()
     default_max_tokens: int = 256
     max_text_bytes: int = 32 * 1024 * 1024
+    max_messages: int = 4096
+    max_role_chars: int = 64
     max_stop_strings: int = 16
     max_stop_chars: int = 256
     max_stop_ids: int = 64
@@ -43,7 +45,7 @@ class ValidationLimits(msgspec.Struct, frozen=True):
 class Ask(msgspec.Struct, frozen=True):
     """A checked request, but for its prompt. `seed_given`: the client chose it."""
 
-    prompt_field: str  # "text" or "token_ids"
+    prompt_field: str  # "text", "token_ids" or "messages"
     request_id: str  # "" when the server is to make one
     sampling: Sampling
     seed_given: bool
@@ -52,13 +54,17 @@ class Ask(msgspec.Struct, frozen=True):
     stop: tuple[str, ...]
 
 
-def check_request(request: pb.GenerateRequest, limits: ValidationLimits, *, has_tokenizer: bool) -> Ask:
+def check_request(
+    request: pb.GenerateRequest, limits: ValidationLimits, *, has_tokenizer: bool, has_chat_template: bool
+) -> Ask:
     """All checks that need no tokenizing. Raises InvalidField."""
     field = request.WhichOneof("prompt")
     if field is None:
-        raise InvalidField("prompt", "give text or token_ids")
+        raise InvalidField("prompt", "give text or token_ids or messages")
     if field == "text":
         _check_text(request.text, limits, has_tokenizer)
+    if field == "messages":
+        _check_messages(request.messages.messages, limits, has_tokenizer, has_chat_template)
     sampling = _check_sampling(request.sampling, limits)
     if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limits.max_context_tokens:
         raise InvalidField("max_tokens", f"{request.max_tokens} is not within 1 to {limits.max_context_tokens}")
@@ -123,6 +129,25 @@ def _check_text(text: str, limits: ValidationLimits, has_tokenizer: bool) -> Non
     # A code point takes at most four bytes: the exact size is only computed near the bound.
     if len(text) * 4 > limits.max_text_bytes and len(text.encode()) > limits.max_text_bytes:
         raise InvalidField("text", f"longer than {limits.max_text_bytes} bytes")
+
+
+def _check_messages(
+    messages: Sequence[pb.Message], limits: ValidationLimits, has_tokenizer: bool, has_chat_template: bool
+) -> None:
+    if not has_tokenizer:
+        raise InvalidField("messages", "this model has no tokenizer.json; send token_ids")
+    if not has_chat_template:
+        raise InvalidField("messages", "this model has no chat template; send text")
+    if not 1 <= len(messages) <= limits.max_messages:
+        raise InvalidField("messages", f"{len(messages)} messages are not within 1 to {limits.max_messages}")
+    for index, message in enumerate(messages):
+        role = message.role
+        if not (1 <= len(role) <= limits.max_role_chars and role.isprintable()):
+            raise InvalidField(
+                f"messages[{index}].role", f"must have 1 to {limits.max_role_chars} printable characters"
+            )
+    if sum(len(message.content.encode()) for message in messages) > limits.max_text_bytes:
+        raise InvalidField("messages", f"longer than {limits.max_text_bytes} bytes")
 
 
 def _check_sampling(params: pb.SamplingParams, limits: ValidationLimits) -> Sampling:

@@ -40,7 +40,7 @@ def test_every_flag_has_help_and_says_its_default(name):
         assert parameter.help or parameter.name == "help", parameter.name
         optional = parameter.param_type_name == "option" and not parameter.required and parameter.name != "help"
         said = parameter.show_default or re.search("Default|Absent|absent|repeated|flag", parameter.help or "")
-        assert not optional or said or parameter.name in ("prompt", "prompt_file", "token_ids"), parameter.name
+        assert not optional or said or parameter.name in ("prompt", "prompt_file", "token_ids", "chat"), parameter.name
 
 
 def test_importing_the_command_line_loads_no_jax():
@@ -63,6 +63,8 @@ def test_importing_the_command_line_loads_no_jax():
         (["serve"], 2, "model"),
         (["generate"], 2, "exactly one"),
         (["generate", "--prompt", "a", "--token-ids", "1"], 2, "exactly one"),
+        (["generate", "--prompt", "a", "--chat", "b"], 2, "exactly one"),
+        (["generate", "--prompt", "a", "--system", "b"], 2, "--system goes with --chat"),
         (["generate", "--token-ids", "1,b"], 1, "token-ids: "),
         (["generate", "--address", "127.0.0.1:1", "--prompt", "a"], 1, "UNAVAILABLE"),
         (["generate", "--prompt-file", "no-such-file"], 1, "no-such-file"),
@@ -89,6 +91,8 @@ def test_generate_prints_text_ids_and_a_summary():
             assert (code, out.split()) == (0, ["9", "8"] * 3)
             code, out, _ = await run_beside("generate", *common, "--prompt-file", "-", "--stop", "z", stdin="xyz")
             assert (code, out) == (0, "xy\n")
+            code, _, err = await run_beside("generate", *common, "--chat", "hi", "--system", "be brief")
+            assert (code, "messages: this model has no chat template" in err) == (1, True)
             code, _, err = await run_beside("generate", *common, "--prompt", "a", "--temperature", "-1")
             assert code == 1
             assert "INVALID_ARGUMENT: sampling.temperature: " in err

@@ -6,11 +6,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving.client import LoongClient, generate_request
+from serving.client import LoongClient, chat_messages, generate_request
 from serving.loop import EngineLoop
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.server import SERVICE, ServerConfig
-from tests.support.byte_tokenizer import BOS, EOS
+from tests.support.byte_tokenizer import BOS, EOS, byte_tokenizer
 from tests.support.fake_engine import FakeManager, echo
 from tests.support.live_server import eventually, live_server
 
@@ -47,6 +47,20 @@ def test_text_is_encoded_with_bos_and_comes_back_whole():
             assert answer.finished.usage.prompt_tokens == num_bytes + 1
             assert answer.token_ids[0] == BOS
             assert answer.text == text * 2
+
+    asyncio.run(run())
+
+
+def test_messages_go_through_the_chat_template_and_no_special_token_is_added():
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ eos_token }}"
+
+    async def run():
+        async with live_server(tokenizer=byte_tokenizer(chat_template=template)) as live:
+            expected = [BOS, *"[system]Be brief.[user]é?".encode(), EOS]
+            messages = chat_messages("é?", "Be brief.")
+            answer = await live.client.generate(generate_request(messages, max_tokens=len(expected), ignore_eos=True))
+            assert answer.token_ids == expected
+            assert answer.finished.usage.prompt_tokens == len(expected)
 
     asyncio.run(run())
 

@@ -1,13 +1,16 @@
 """Detokenizing piece by piece, and stop strings in what comes back."""
 
+import json
+
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
+from loong_jax.model.untrusted import CheckpointError
 from serving.tokenizer import Piece, StopFinder, Tokenizer, TokenizerError
-from tests.support.byte_tokenizer import BOS, EOS, byte_tokenizer, save_byte_tokenizer
+from tests.support.byte_tokenizer import BOS, EOS, byte_level, byte_tokenizer, save_byte_tokenizer
 
 BYTES = byte_tokenizer()
 
@@ -61,6 +64,16 @@ def test_the_space_of_a_first_word_is_kept():
     assert detokenizer.step(1) == " world"
 
 
+def test_the_template_says_where_special_tokens_stand():
+    tokenizer = byte_tokenizer(chat_template="{{ bos_token }}{{ messages[0].content }}")
+    try:
+        text = tokenizer.render_chat([("user", "ab")], 0.0)
+        assert tokenizer.encode_chat(text) == [BOS, 97, 98]
+        assert tokenizer.encode(text) == [BOS, BOS, 97, 98], "as a text prompt it would have two"
+    finally:
+        tokenizer.close()
+
+
 def test_load(tmp_path):
     assert Tokenizer.load(tmp_path) is None
     save_byte_tokenizer(tmp_path)
@@ -70,6 +83,52 @@ def test_load(tmp_path):
     assert tokenizer.vocab_size == 258
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "hi"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.has_chat_template
+
+
+def change(**fields):
+    """The byte tokenizer's file with other values."""
+    return json.dumps(json.loads(byte_level().to_str()) | fields)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"a": ' * 100_000,
+        change(model=None),
+        change(model={"type": "BPE", "vocab": {"a": -1}, "merges": []}),
+        change(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "zz"]]}),
+        change(model={"type": "BPE", "vocab": {"a": 2**40}, "merges": []}),
+        change(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 99}),
+        change(decoder={"type": "Nothing"}),
+        change(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}),
+    ],
+    ids=range(12),
+)
+def test_broken_tokenizers_are_refused_by_file(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: ") as refusal:
+        Tokenizer.load(tmp_path)
+    assert len(str(refusal.value)) < 1000
+
+
+def test_a_tokenizer_out_of_the_folder_or_too_large(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link out of the folder"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: 1073741824 bytes are more than the limit"):
         Tokenizer.load(tmp_path)
 
 

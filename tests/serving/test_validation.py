@@ -6,9 +6,9 @@ import math
 import grpc
 import pytest
 
-from serving.client import generate_request
+from serving.client import chat_messages, generate_request
 from serving.proto.loong.v1 import loong_pb2 as pb
-from tests.support.byte_tokenizer import EOS, VOCAB_SIZE
+from tests.support.byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
 from tests.support.fake_engine import echo
 from tests.support.live_server import live_server
 
@@ -60,6 +60,7 @@ BAD = [
     ("empty stop string", request(stop=[""]), "stop", "index 0 is empty"),
     ("empty request id", request(request_id=""), "request_id", "0 characters"),
     ("long request id", request(request_id="x" * 129), "request_id", "129 characters"),
+    ("no chat template", request(prompt=chat_messages("hi")), "messages", "no chat template"),
     ("odd request id", request(request_id="a\nb"), "request_id", "printable"),
 ]
 
@@ -84,6 +85,39 @@ def test_every_bad_field_is_named_and_all_other_streams_go_on():
             assert not any(other.done() for other in others), "the probes must have run beside open streams"
             for answer in await asyncio.gather(*others):
                 assert answer.token_ids == echo(PROMPT, 1500)
+
+    asyncio.run(run())
+
+
+def test_messages_are_checked():
+    def of(*turns):
+        return request(prompt=pb.Messages(messages=[pb.Message(role=role, content=content) for role, content in turns]))
+
+    bad = [
+        (of(), "messages", "0 messages are not within 1 to 4096"),
+        (of(*[("user", "x")] * 4097), "messages", "4097 messages"),
+        (of(("user", "x"), ("", "y")), r"messages[1].role", "1 to 64 printable"),
+        (of(("u" * 65, "x")), r"messages[0].role", "1 to 64 printable"),
+        (of(("u\n", "x")), r"messages[0].role", "1 to 64 printable"),
+        (of(("user", "x" * 3000)), "messages", "tokens"),
+        (of(("user", "empty")), "messages", "the prompt is empty"),
+        (of(("user", "refuse")), "messages", "chat_template: TemplateError: not this"),
+    ]
+    template = (
+        "{% if messages[0].content == 'refuse' %}{{ raise_exception('not this') }}{% endif %}"
+        "{% if messages[0].content != 'empty' %}{{ messages[0].content }}{% endif %}"
+    )
+
+    async def run():
+        async with live_server(tokenizer=byte_tokenizer(chat_template=template)) as live:
+            for message, field, words in bad:
+                error = await refusal(live.client.generate(message, 20))
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert error.details().startswith(f"{field}: "), error.details()
+                assert words in error.details(), error.details()
+        async with live_server(has_tokenizer=False) as live:
+            error = await refusal(live.client.generate(of(("user", "x")), 20))
+            assert error.details().startswith("messages: this model has no tokenizer")
 
     asyncio.run(run())
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from serving.chat import ChatLimits, ChatTemplate
 from serving.tokenizer import Tokenizer
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
@@ -28,8 +29,11 @@ def byte_level(*, bos: bool = True) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def byte_tokenizer(*, bos: bool = True) -> Tokenizer:
-    return Tokenizer(byte_level(bos=bos))
+def byte_tokenizer(*, bos: bool = True, chat_template: str | None = None) -> Tokenizer:
+    chat = None
+    if chat_template is not None:
+        chat = ChatTemplate(chat_template, "chat_template", {"bos_token": "<s>", "eos_token": "</s>"}, ChatLimits())
+    return Tokenizer(byte_level(bos=bos), chat)
 
 
 def save_byte_tokenizer(directory: Path) -> None:
