@@ -141,6 +141,27 @@ def worker(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to make; it may not hold anything.", show_default=False)],
+) -> None:
+    """Convert a Hugging Face checkpoint to an Orbax one, which loong serve takes as well.
+
+    The tensors stay whole, in chunks that any number of instances of any tp can read its shards from. OUT appears when
+    all of it is there.
+    """
+    with _told_errors():
+        flags.check_folder(source)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed; Orbax imports JAX
+        from loong_jax.model import convert as conversion
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        with _Console() as reporter:
+            conversion.convert(source, out, progress=reporter.progress("converting"))
+            reporter.say(f"made {out}")
+
+
+@app.command()
 def generate(
     address: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
     prompt: Annotated[str | None, typer.Option(help="The prompt.", show_default=False)] = None,

@@ -14,7 +14,10 @@ import typer
 from loong_jax.config import ClusterConfig, ConfigError, LadderConfig, LimitsConfig, ladder_for
 from loong_jax.policy import POLICIES
 
-Model = Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.", show_default=False)]
+Model = Annotated[
+    Path,
+    typer.Argument(help="Folder of a Hugging Face checkpoint, or of one made by loong convert.", show_default=False),
+]
 Instances = Annotated[int, typer.Option(help="Instances; each holds one copy of the weights.")]
 Tp = Annotated[int, typer.Option(help="Devices of an instance (tensor parallelism).")]
 Host = Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")]

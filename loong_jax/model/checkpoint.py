@@ -2,8 +2,8 @@
 
 What it is: a check of all tensors before anything is placed, and the placing: leaf by leaf, so that host memory holds
 about one fused leaf at a time, and each byte is read once however many instances get it.
-What it is not: the plan of slices (`leaves.py`), a file format (`safetensors_reader.py`), the configuration
-(`hf_config.py`) or the model (`decoder.py`).
+What it is not: the plan of slices (`leaves.py`), a file format (`safetensors_reader.py`, `orbax_reader.py`), the
+configuration (`hf_config.py`) or the model (`decoder.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ import numpy as np
 from loong_jax.config import ModelConfig
 from loong_jax.model.decoder import Params, param_structs
 from loong_jax.model.leaves import leaves_of
+from loong_jax.model.orbax_reader import OrbaxReader, is_orbax
 from loong_jax.model.safetensors_reader import SafetensorsReader
 
 # jaxlib has no stubs: to a type checker jax.Device is a variable.
@@ -25,6 +26,11 @@ Device = Any
 
 Progress = Callable[[int, int], None]
 """progress(bytes done, bytes in all)."""
+
+
+def open_tensors(directory: str | Path) -> SafetensorsReader | OrbaxReader:
+    """The reader for the kind of checkpoint in `directory`. A context manager. Raises CheckpointError."""
+    return OrbaxReader(directory) if is_orbax(directory) else SafetensorsReader(directory)
 
 
 def load_checkpoint(
@@ -42,7 +48,7 @@ def load_checkpoint(
     Raises CheckpointError naming file and tensor, before anything is placed; ConfigError if tp cannot divide the model.
     """
     ranks = [rank for rank in range(tp) if any(row[rank] is not None for row in devices)]
-    with SafetensorsReader(directory) as tensors:
+    with open_tensors(directory) as tensors:
         sizes = {
             p.name: tensors.check(p.name, p.shape, config.dtype)
             for leaf in leaves_of(config, tp, 0)

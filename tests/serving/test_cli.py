@@ -31,7 +31,7 @@ async def run_beside(*args: str, stdin: str | None = None) -> tuple[int, str, st
     return process.returncode, out.decode(), err.decode()
 
 
-@pytest.mark.parametrize("name", ["serve", "worker", "generate"])
+@pytest.mark.parametrize("name", ["serve", "worker", "convert", "generate"])
 def test_every_flag_has_help_and_says_its_default(name):
     import typer
 
@@ -61,6 +61,9 @@ def test_importing_the_command_line_loads_no_jax():
         (["serve", ".", "--num-processes", "3", "--coordinator", "x"], 1, "num_processes: "),
         (["serve", ".", "--port", "99999"], 2, "--port"),
         (["serve"], 2, "model"),
+        (["convert", "nowhere", "out"], 1, "nowhere"),
+        (["convert", ".", "out"], 1, "config.json: file is missing"),
+        (["convert", ".."], 2, "out"),
         (["generate"], 2, "exactly one"),
         (["generate", "--prompt", "a", "--token-ids", "1"], 2, "exactly one"),
         (["generate", "--prompt", "a", "--chat", "b"], 2, "exactly one"),
