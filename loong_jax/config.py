@@ -81,7 +81,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     o_bias: bool = False
     windows: tuple[int, ...] = ()
     window_rope: RopeConfig | None = None
-    query_scalar: float | None = None
+    query_scalar: int | None = None
     attn_soft_cap: float | None = None
     logit_soft_cap: float | None = None
 

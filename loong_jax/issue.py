@@ -116,7 +116,10 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
         request.last_master = master
         masters[master] += 1
         samples[request.id] = issued
-        rows.append(DecodeRow(request.id, request.slot, issued - 1, token, master, page, run, request.sampling))
+        row = DecodeRow(
+            request.id, request.slot, issued - 1, token, master, page, run, request.sampling, request.rope_len
+        )
+        rows.append(row)
     _require(bool(rows), "decode: no rows", instances)
     bucket = buckets.decode_bucket(max(masters.values()), state.cluster.ladder)
     bucket = _ready_bucket(state, instances, Phase.DECODE, bucket)
@@ -173,7 +176,9 @@ def _prefill_row(
     request.last_master = homes[-1]
     request.holes = tuple(_subtract(request.holes, runs))
     tokens = b"".join(request.tokens[run.first : run.end].tobytes() for run in runs)
-    return PrefillRow(request.id, request.slot, runs, tokens, tuple(homes), tuple(pages), emit, request.sampling)
+    return PrefillRow(
+        request.id, request.slot, runs, tokens, tuple(homes), tuple(pages), emit, request.sampling, request.rope_len
+    )
 
 
 def _rehome_moves(state: CoreState, rehomes: Iterable[Rehome]) -> tuple[PageMove, ...]:

@@ -257,8 +257,9 @@ class Manager:
             self._out.append(Finish(event.child, FinishReason.ERROR, 0, message))
             return
         child = RequestState(
-            event.child, state.now_us, parent.tokens.tobytes(), event.max_tokens, event.sampling, event.stop_ids
-        )
+            event.child, state.now_us, parent.tokens.tobytes(), event.max_tokens, event.sampling, event.stop_ids,
+            parent.rope_len,
+        )  # fmt: skip
         if not self._admit(child):
             return
         self._enqueue(child)

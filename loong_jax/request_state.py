@@ -18,7 +18,7 @@ NO_SLOT = -1
 class RequestState:
     __slots__ = (
         "id", "arrived_us", "slot", "tokens", "prompt_len", "max_tokens", "sampling", "stop_ids", "issued", "holes",
-        "steps", "early", "device_group", "last_master", "num_evictions", "_view",
+        "steps", "early", "device_group", "last_master", "num_evictions", "rope_len", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -29,7 +29,9 @@ class RequestState:
         max_tokens: int,
         sampling: Sampling,
         stop_ids: Iterable[int],
+        rope_len: int | None = None,
     ) -> None:
+        """`rope_len`: that of the request whose KV it shares; None: from its own prompt and `max_tokens`."""
         self.id = request
         self.arrived_us = arrived_us
         self.slot = NO_SLOT
@@ -47,6 +49,8 @@ class RequestState:
         self.device_group: tuple[int, ...] = ()
         self.last_master = -1
         self.num_evictions = 0
+        # Fixed here for life: cached keys must depend neither on chunks nor on how far decoding has come.
+        self.rope_len = self.end if rope_len is None else rope_len
         self._view: RequestView | None = None
 
     @property

@@ -151,6 +151,7 @@ def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> 
     slot = np.arange(len(ids)) - np.repeat(np.cumsum(stripes.count) - stripes.count, stripes.count)
     fields["tokens"][rank[unit], place[unit] * shape.page_tokens + slot] = ids
 
+    fields["rope_len"][:, : len(command.rows)] = [row.rope_len for row in command.rows]
     context_pages = _context_ranges(command, tables, fields)
     most = int(context_pages.max())
     if command.form is ContextForm.RING:
@@ -188,6 +189,7 @@ def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> St
                 row.position,
                 row.page,
                 row.run.count - 1,
+                row.rope_len,
                 *_sampling_fields(row.sampling),
             )
         )

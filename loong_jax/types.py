@@ -213,7 +213,8 @@ class PrefillRow(Record, frozen=True):
 
     `runs` are the positions computed now, ascending; `tokens` are their ids. Each run is cut into *units* of at most
     `page_tokens` positions from its first (`buckets.units`); unit `i` is kept on `homes[i]` in page `pages[i]`.
-    With `emit`, the last position is `known - 1` and the row samples token `known`.
+    With `emit`, the last position is `known - 1` and the row samples token `known`. `rope_len`: the length that
+    rotary embeddings which depend on one take: the same for all rows of a request, whatever is cached or computed.
     """
 
     request: int
@@ -224,6 +225,7 @@ class PrefillRow(Record, frozen=True):
     pages: tuple[int, ...]
     emit: bool
     sampling: Sampling
+    rope_len: int = 0
 
 
 class RunPrefill(Command, frozen=True):
@@ -245,7 +247,7 @@ class RunPrefill(Command, frozen=True):
 class DecodeRow(Record, frozen=True):
     """One row of a decode step: input token `token` at `position` (or -1: the device has it, because the master
     was in the group that sampled it). Its new KV goes to slot `run.count - 1` of `page` on `master`; `run` is what
-    that page holds afterwards."""
+    that page holds afterwards. `rope_len`: as in PrefillRow."""
 
     request: int
     slot: int
@@ -255,6 +257,7 @@ class DecodeRow(Record, frozen=True):
     page: int
     run: Run
     sampling: Sampling
+    rope_len: int = 0
 
 
 class RunDecode(Command, frozen=True):

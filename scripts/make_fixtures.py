@@ -1,4 +1,4 @@
-"""Make the fixture checkpoints of the tests: small Llamas in which no KV token can go wrong unseen.
+"""Make the fixture checkpoints of the tests: small models of every family in which no KV token can go wrong unseen.
 
     python scripts/make_fixtures.py [--only NAME] [--out tests/fixtures/models]
 
@@ -13,12 +13,16 @@ serves both):
   of different queries do not become alike (which near-uniform attention causes, and which hides tokens a layer later),
   and a large output gain makes the sum, not the residual, speak: hiding one of N tokens turns it by 1 / sqrt(N).
 
+Where queries and keys are normed, the norms' weights take the place of the gains: the lanes of the bump and the others
+are scaled apart. Where what a layer adds is normed, its norm's weights say how much that is.
+
 The gains also keep the model from chaos: scores stay of order 10, so the noise of another order of summation (1e-7 a
 step) reaches the log-probabilities as a few 1e-5. `tests/loong_jax/model/test_fixture_power.py` measures both.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import msgspec
@@ -28,8 +32,9 @@ from loong_jax.config import ModelConfig, RopeConfig
 from loong_jax.model.decoder import Params, decode_stack, init_params
 from loong_jax.model.default_model import train_tokenizer
 from loong_jax.model.export import save_checkpoint
+from loong_jax.model.families import family_of
 from loong_jax.model.layers import rms_norm
-from loong_jax.model.oracle import causal_attention
+from loong_jax.model.oracle import model_attention
 from loong_jax.model.rope import rope_frequencies
 
 PROBE_TOKENS = 2048
@@ -57,18 +62,84 @@ ROPE3 = RopeConfig(
 )
 
 
+SMALL = msgspec.structs.replace(LLAMA, vocab_size=256, intermediate_size=64, num_layers=2)
+LONGROPE = RopeConfig(
+    kind="longrope",
+    factor=8.0,
+    original_max_position=512,
+    attention_factor=1.15,
+    short_factor=tuple(1.0 + 0.02 * i for i in range(16)),
+    long_factor=tuple(1.0 + 0.3 * i for i in range(16)),
+)
+
+
 class Fixture(msgspec.Struct, frozen=True):
+    """`num_files`: of weights. A fixture of another family has its own tokenizer only if a test serves it."""
+
     config: ModelConfig
     seed: int
     num_files: int = 1
+    tokenizer: bool = False
+
+
+def _small(**changes: object) -> ModelConfig:
+    return msgspec.structs.replace(SMALL, **changes)
 
 
 FIXTURES = {
-    "gqa": Fixture(msgspec.structs.replace(LLAMA, rope=RopeConfig(1000.0)), 0),
-    "mha": Fixture(msgspec.structs.replace(LLAMA, num_layers=2, num_kv_heads=4, norm_eps=1e-6), 1),
-    "tied": Fixture(msgspec.structs.replace(LLAMA, vocab_size=509, tie_embeddings=True, eos_ids=(1, 2)), 2),
-    "rope3": Fixture(msgspec.structs.replace(LLAMA, rope=ROPE3, head_dim=64, num_layers=2), 3, num_files=3),
-    "bf16": Fixture(msgspec.structs.replace(LLAMA, dtype="bfloat16", head_dim=64, num_layers=2), 4),
+    "gqa": Fixture(msgspec.structs.replace(LLAMA, rope=RopeConfig(1000.0)), 0, tokenizer=True),
+    "mha": Fixture(msgspec.structs.replace(LLAMA, num_layers=2, num_kv_heads=4, norm_eps=1e-6), 1, tokenizer=True),
+    "tied": Fixture(
+        msgspec.structs.replace(LLAMA, vocab_size=509, tie_embeddings=True, eos_ids=(1, 2)), 2, tokenizer=True
+    ),
+    "rope3": Fixture(
+        msgspec.structs.replace(LLAMA, rope=ROPE3, head_dim=64, num_layers=2), 3, num_files=3, tokenizer=True
+    ),
+    "bf16": Fixture(msgspec.structs.replace(LLAMA, dtype="bfloat16", head_dim=64, num_layers=2), 4, tokenizer=True),
+    "longrope": Fixture(_small(rope=LONGROPE, max_position=4096, qkv_bias=True, o_bias=True), 5),
+    "mistral": Fixture(_small(family="mistral", windows=(50, 50), rope=RopeConfig(kind="linear", factor=2.0)), 6),
+    "qwen2": Fixture(
+        _small(
+            family="qwen2",
+            qkv_bias=True,
+            windows=(0, 40),
+            rope=RopeConfig(1e5, "yarn", 4.0, original_max_position=512, attention_factor=1.1386),
+        ),
+        7,
+    ),
+    "qwen3": Fixture(
+        _small(
+            family="qwen3",
+            max_position=2048,
+            rope=RopeConfig(1e4, "dynamic", 2.0, original_max_position=2048),
+            tie_embeddings=True,
+        ),
+        8,
+    ),
+    "gemma2": Fixture(
+        _small(
+            family="gemma2",
+            windows=(30, 0),
+            query_scalar=24,
+            attn_soft_cap=25.0,
+            logit_soft_cap=10.0,
+            tie_embeddings=True,
+        ),
+        9,
+    ),
+    "gemma3": Fixture(
+        _small(
+            family="gemma3_text",
+            num_layers=3,
+            num_kv_heads=1,
+            windows=(30, 30, 0),
+            rope=RopeConfig(1e5, "linear", 4.0),
+            window_rope=RopeConfig(1e3),
+            query_scalar=32,
+            tie_embeddings=True,
+        ),
+        10,
+    ),
 }
 
 
@@ -79,20 +150,22 @@ def probe_tokens(vocab_size: int, num_tokens: int = PROBE_TOKENS) -> np.ndarray:
 def calibrated_params(config: ModelConfig, seed: int) -> Params:
     """Float32 parameters with power. Heads of even index are local, of odd index far."""
     config = msgspec.structs.replace(config, dtype="float32")
+    family = family_of(config)
     rng = np.random.default_rng(seed)
     params = _to_numpy(init_params(config, seed))
     params["embed"] *= config.hidden_size**0.5
     params["embed"][:, 0] = CONSTANT
+    if family.scaled_embedding:
+        params["embed"] /= config.hidden_size**0.5
     if not config.tie_embeddings:
         params["lm_head"][:, 0] = 0.0
     for layer in range(config.num_layers):
         _calibrate_layer(params, config, layer, rng)
-    params["final_norm"] = _norm_weights(rng, config.hidden_size)
-    params["final_norm"][0] = 0.0  # a tied head would add the constant to all logits
-    hidden = rms_norm(
-        jnp.asarray(_residual(params, config, config.num_layers)), jnp.asarray(params["final_norm"]), config.norm_eps
-    )
-    params["final_norm"] *= LOGITS / np.std(hidden @ params["embed" if config.tie_embeddings else "lm_head"].T)
+    weights = _norm_weights(rng, config.hidden_size)
+    weights[0] = 0.0  # a tied head would add the constant to all logits
+    hidden = rms_norm(jnp.asarray(_probe(params, config, config.num_layers)[0]), jnp.asarray(weights), config.norm_eps)
+    weights *= LOGITS / np.std(hidden @ params["embed" if config.tie_embeddings else "lm_head"].T)
+    params["final_norm"] = weights - family.norm_offset
     return params
 
 
@@ -102,57 +175,111 @@ def _to_numpy(params: Params) -> Params:
 
 
 def _norm_weights(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Far enough from one that a forgotten norm weight shows; one in the constant lane."""
+    """What a norm scales by: far enough from one that a forgotten weight shows; one in the constant lane."""
     weights = rng.uniform(0.6, 1.4, size).astype(np.float32)
     weights[0] = 1.0
     return weights
 
 
-def _residual(params: Params, config: ModelConfig, num_layers: int) -> np.ndarray:
-    """Hidden states of the probe after the first `num_layers` layers."""
+class Probe(NamedTuple):
+    """Of the last layer run on the probe prompt: what attention gives before `o`, queries and keys."""
+
+    out: Any
+    q: Any
+    k: Any
+
+
+def _probe(params: Params, config: ModelConfig, num_layers: int) -> tuple[np.ndarray, Probe | None]:
+    """Hidden states of the probe after the first `num_layers` layers, and what its last layer did."""
     tokens = probe_tokens(config.vocab_size)
     cut = {**params, "layers": params["layers"][:num_layers]}
-    attend = lambda carry, layer, q, k, v: (causal_attention(q, k, v), carry)
-    return np.asarray(decode_stack(cut, config, jnp.asarray(tokens), jnp.arange(len(tokens)), attend, None)[0])
+    attend = model_attention(config)
+
+    def watched(_, layer, q, k, v):
+        out, _ = attend(None, layer, q, k, v)
+        return out, Probe(out, q, k)
+
+    positions, length = jnp.arange(len(tokens)), jnp.full(len(tokens), len(tokens))
+    hidden, seen = decode_stack(cut, config, jnp.asarray(tokens), positions, watched, None, rope_len=length)
+    return np.asarray(hidden), None if seen is None else Probe(*map(np.asarray, seen))
 
 
 def _calibrate_layer(params: Params, config: ModelConfig, layer: int, rng: np.random.Generator) -> None:
-    weights, dim, num_heads = params["layers"][layer], config.head_dim, config.num_heads
-    weights["attn_norm"], weights["ffn_norm"] = (_norm_weights(rng, config.hidden_size) for _ in range(2))
+    weights, family = params["layers"][layer], family_of(config)
+    dim, num_heads, d = config.head_dim, config.num_heads, config.hidden_size
+    norms = {name: _norm_weights(rng, d) for name in ("attn_norm", "ffn_norm")}
+    if family.post_norms:
+        shares = {"attn_post_norm": FAR_SHARE, "ffn_post_norm": FFN_SHARE}
+        norms |= {name: _norm_weights(rng, d) * share for name, share in shares.items()}
+    weights |= {name: norm - np.float32(family.norm_offset) for name, norm in norms.items()}
     for name in ("qkv", "gate_up"):
         weights[name][0] = 0.0
     for name in ("o", "down"):
         weights[name][:, 0] = 0.0
     _clear_bump_lanes(weights["qkv"], config)
-    before = _residual(params, config, layer)
-    normed = np.asarray(rms_norm(jnp.asarray(before), jnp.asarray(weights["attn_norm"]), config.norm_eps))
+    if config.qkv_bias:
+        _clear_bump_lanes(weights["qkv_bias"][None], config)
+    if config.o_bias:
+        weights["o_bias"][0] = 0.0
+    before = _probe(params, config, layer)[0]
+    normed = np.asarray(rms_norm(jnp.asarray(before), jnp.asarray(norms["attn_norm"]), config.norm_eps))
     local = np.arange(num_heads) % 2 == 0
-
-    # Content scores: queries of every head to the deviation of its kind.
-    fused = (normed @ weights["qkv"]).reshape(len(normed), -1, dim)
-    q, k = fused[:, :num_heads], fused[:, num_heads : num_heads + config.num_kv_heads]
-    for head in range(num_heads):
-        scores = q[:: PROBE_TOKENS // 256, head] @ k[:, head * config.num_kv_heads // num_heads].T * dim**-0.5
-        wanted = LOCAL_SCORES if local[head] else FAR_SCORES
-        weights["qkv"][:, head * dim : (head + 1) * dim] *= wanted / scores.std()
-    _add_bump(weights["qkv"], config, local, float(np.mean(normed[:, 0] ** 2)))
+    _calibrate_scores(params, config, layer, local, normed, rng)
 
     # Gains: what each kind of head, then the FFN, adds to the residual.
-    o, down = weights["o"].copy(), weights["down"].copy()
-    weights["down"][:] = 0.0
+    attended = _probe(params, config, layer + 1)[1]
+    assert attended is not None
+    out = attended.out.reshape(len(before), -1)
     for kind, share in ((local, LOCAL_SHARE), (~local, FAR_SHARE)):
         rows = np.repeat(kind, dim)
-        weights["o"] = np.where(rows[:, None], o, 0.0).astype(np.float32)
-        o[rows] *= share / _rms(_residual(params, config, layer + 1) - before)
-    weights["o"] = o
-    attended = _residual(params, config, layer + 1)
+        weights["o"][rows] *= share / _rms(out[:, rows] @ weights["o"][rows])
+    down = weights["down"].copy()
+    weights["down"][:] = 0.0
+    without_ffn = _probe(params, config, layer + 1)[0]
     weights["down"] = down
-    weights["down"] *= FFN_SHARE / _rms(_residual(params, config, layer + 1) - attended)
+    if not family.post_norms:  # else the norm says what is added
+        weights["down"] *= FFN_SHARE / _rms(_probe(params, config, layer + 1)[0] - without_ffn)
+
+
+def _calibrate_scores(
+    params: Params, config: ModelConfig, layer: int, local: np.ndarray, normed: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Scores by content of every head to the deviation of its kind, then the bump of local heads."""
+    weights, dim, num_heads = params["layers"][layer], config.head_dim, config.num_heads
+    fused = (normed @ weights["qkv"] + weights.get("qkv_bias", 0.0)).reshape(len(normed), -1, dim)
+    q, k = fused[:, :num_heads], fused[:, num_heads : num_heads + config.num_kv_heads]
+    for head in range(num_heads):
+        scores = _scores(q[:, head], k[:, head * config.num_kv_heads // num_heads], config)
+        gain = (LOCAL_SCORES if local[head] else FAR_SCORES) / scores.std()
+        weights["qkv"][:, head * dim : (head + 1) * dim] *= gain
+        if config.qkv_bias:
+            weights["qkv_bias"][head * dim : (head + 1) * dim] *= gain
+    _add_bump(weights["qkv"], config, local, float(np.mean(normed[:, 0] ** 2)))
+    if not family_of(config).qk_norm:
+        return
+    content = np.ones(dim, bool)
+    content[_bump_lanes(config)] = False
+    seen = _probe(params, config, layer + 1)[1]
+    assert seen is not None
+    far, keys = seen.q[:, ~local][:, 0], seen.k[:, int(np.flatnonzero(~local)[0]) * config.num_kv_heads // num_heads]
+    gain = np.where(content, (FAR_SCORES / _scores(far, keys, config).std()) ** 0.5, 0.0)
+    near, keys = seen.q[:, local][:, 0][:, ~content], seen.k[:, 0][:, ~content]
+    height = np.mean(np.sum(near * keys, axis=1)) * config.attention_scale
+    gain = np.where(content, gain, (LOCAL_BUMP / height) ** 0.5).astype(np.float32)
+    for name in ("q_norm", "k_norm"):
+        # The pair of a lane is scaled with it, else rotation would not commute with the weights.
+        spread = np.tile(rng.uniform(0.8, 1.25, dim // 2), 2).astype(np.float32)
+        weights[name] = gain * (spread if name == "q_norm" else 1 / spread) - np.float32(family_of(config).norm_offset)
+
+
+def _scores(q: np.ndarray, k: np.ndarray, config: ModelConfig) -> np.ndarray:
+    return q[:: PROBE_TOKENS // 256] @ k.T * config.attention_scale
 
 
 def _bump_lanes(config: ModelConfig) -> np.ndarray:
     """Lanes of five rotated pairs with frequencies from 1 down, apart from which content is scored."""
-    frequencies = rope_frequencies(config.rope, config.head_dim)
+    length = jnp.array([PROBE_TOKENS])
+    frequencies = np.asarray(rope_frequencies(config.rope, config.head_dim, length)).reshape(-1)
     pairs = sorted({int(np.argmin(np.abs(np.log(frequencies / f)))) for f in (1.0, 0.32, 0.1, 0.032, 0.01)})
     return np.array([*pairs, *(pair + config.head_dim // 2 for pair in pairs)])
 
@@ -170,7 +297,7 @@ def _add_bump(qkv: np.ndarray, config: ModelConfig, local: np.ndarray, constant_
     LOCAL_BUMP * mean(cos(frequency * distance))."""
     num_qk, lanes = config.num_heads + config.num_kv_heads, _bump_lanes(config)
     vector = np.zeros(config.head_dim, np.float32)
-    vector[lanes] = (LOCAL_BUMP * config.head_dim**0.5 / (len(lanes) * constant_square)) ** 0.5
+    vector[lanes] = (LOCAL_BUMP / config.attention_scale / (len(lanes) * constant_square)) ** 0.5
     has_bump = np.concatenate([local, np.ones(config.num_kv_heads, bool)])
     qkv[0, : num_qk * config.head_dim] = np.where(has_bump[:, None], vector, 0.0).reshape(-1)
 
@@ -188,7 +315,8 @@ def main() -> None:
         fixture = FIXTURES[name]
         params = calibrated_params(fixture.config, fixture.seed)
         save_checkpoint(arguments.out / name, fixture.config, params, num_files=fixture.num_files)
-        train_tokenizer(fixture.config.vocab_size).save(str(arguments.out / name / "tokenizer.json"))
+        if fixture.tokenizer:
+            train_tokenizer(fixture.config.vocab_size).save(str(arguments.out / name / "tokenizer.json"))
         print(f"{arguments.out / name}: {fixture.config.num_layers} layers")
 
 

@@ -22,6 +22,8 @@ import torch  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 LENGTHS = (5, 16, 63, 250, 1000, 2500, 6000)
+OTHER_LENGTHS = (5, 63, 250, 1000, 2500)  # of the families and rope kinds beside plain Llamas
+PLAIN = ("gqa", "mha", "tied", "rope3")
 POSITIONS, TOP, GREEDY = 48, 8, 16
 FIXTURES = Path(__file__).parents[1] / "tests/fixtures"
 
@@ -60,9 +62,11 @@ def main() -> None:
         config = json.loads((directory / "config.json").read_text())
         if config["torch_dtype"] != "float32" or arguments.only not in (None, directory.name):
             continue
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+        plain = directory.name in PLAIN
+        kind = "sdpa" if plain else "eager"  # only the latter knows soft-caps
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=kind).eval()
         recorded = {}
-        for i, length in enumerate(LENGTHS):
+        for i, length in enumerate(LENGTHS if plain else OTHER_LENGTHS):
             rng = np.random.default_rng(length)
             tokens = rng.integers(3, config["vocab_size"], length)
             positions = np.unique(np.append(rng.integers(0, length, POSITIONS), length - 1))

@@ -78,7 +78,8 @@ def decode_step(params, state: InstanceState[jax.Array], packed: jax.Array, *, m
     token = jnp.where(own["token"] >= 0, own["token"], held)
     position = jnp.maximum(own["position"], 0)
     attend = decode_attention(own, every, table, model, shape)
-    hidden, kv = decode_stack(params, model, token, position, attend, state.kv, tp_axis="tp")
+    rope_len = own["rope_len"] if model.rope_by_length else None
+    hidden, kv = decode_stack(params, model, token, position, attend, state.kv, rope_len=rope_len, tp_axis="tp")
     token, logprob = sample(
         logits(params, model, hidden, tp_axis="tp"),
         bits_to_float(own["temperature"]),

@@ -88,7 +88,8 @@ NOWHERE = -1
 
 def prefill_layout(shape: StepShape) -> Layout:
     """`units`: (batch row or -1, first position, count, home = rank * num_pages + page); `context_*`: this instance's
-    page-table entries of each batch row; `emit_*`: which local token of a row, if any, is sampled from."""
+    page-table entries of each batch row; `rope_len`: of each row; `emit_*`: which local token of a row, if any, is
+    sampled from."""
     rows = (shape.prefill_rows,)
     return Layout(
         (
@@ -96,6 +97,7 @@ def prefill_layout(shape: StepShape) -> Layout:
             ("tokens", (shape.bucket,)),
             ("context_start", rows),
             ("context_len", rows),
+            ("rope_len", rows),
             ("emit_index", rows),
             ("emit_slot", rows),
             ("emit_position", rows),
@@ -108,7 +110,7 @@ def prefill_layout(shape: StepShape) -> Layout:
     )
 
 
-OWN_FIELDS = ("token", "slot", "position", "write_page", "write_slot", *SAMPLING_FIELDS)
+OWN_FIELDS = ("token", "slot", "position", "write_page", "write_slot", "rope_len", *SAMPLING_FIELDS)
 
 
 def decode_layout(shape: StepShape) -> Layout:

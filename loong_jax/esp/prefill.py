@@ -247,9 +247,12 @@ def prefill_step(
     fields = prefill_layout(shape).unpack(packed)
     table = apply_deltas(state.table, fields["deltas"])
     context = Context(table, moves, fields["context_start"], fields["context_len"])
-    position = token_mask(fields["units"], shape.page_tokens).position
+    row, position = token_mask(fields["units"], shape.page_tokens)
+    rope_len = fields["rope_len"][jnp.maximum(row, 0)] if model.rope_by_length else None
     attend = prefill_attention(fields, context, model, shape)
-    hidden, kv = decode_stack(params, model, fields["tokens"], position, attend, state.kv, tp_axis="tp")
+    hidden, kv = decode_stack(
+        params, model, fields["tokens"], position, attend, state.kv, rope_len=rope_len, tp_axis="tp"
+    )
     sampled = _sample_rows(params, hidden, fields, model)
     tokens = state.tokens.at[fields["emit_slot"]].set(sampled[:, 0], mode="drop")
     return InstanceState(kv, table, tokens), sampled

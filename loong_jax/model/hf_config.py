@@ -63,7 +63,7 @@ def read_config(directory: str | Path) -> ModelConfig:
             o_bias=biased,
             windows=_read_windows(fields, family),
             window_rope=_read_window_rope(fields, family, max_position),
-            query_scalar=fields.optional_number("query_pre_attn_scalar") if family.soft_caps else None,
+            query_scalar=fields.positive("query_pre_attn_scalar") if family.soft_caps else None,
             attn_soft_cap=fields.optional_number("attn_logit_softcapping") if family.soft_caps else None,
             logit_soft_cap=fields.optional_number("final_logit_softcapping") if family.soft_caps else None,
         )

@@ -405,6 +405,7 @@ def test_fork_shares_and_copies(bench: Bench) -> None:
     rows = bench.decode((0,), (1, 0), (2, 0)).rows
     assert rows[0].page != rows[1].page
     assert [row.token for row in rows] == [7, 7]
+    assert rows[0].rope_len == rows[1].rope_len > 10, "shared keys were rotated for the parent's length"
     assert bench.handle(Aborted(1)) == [Finish(1, FinishReason.ABORT, 1), Free(1, (0,))]
     bench.check()
     bench.handle(Aborted(2))

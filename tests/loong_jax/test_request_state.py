@@ -54,6 +54,12 @@ def test_the_view_is_kept_until_a_change():
     assert (view.running, view.open_page) == (True, (3, 3)), "one token in a page of four"
 
 
+def test_the_rope_length_is_fixed_at_arrival_or_inherited():
+    assert request().rope_len == request().end
+    prompt = array("i", range(10))
+    assert RequestState(8, 0, prompt, 5, Sampling(), (), rope_len=99).rope_len == 99
+
+
 def test_a_token_only_lost_devices_hold_cannot_be_fed():
     ledger = Ledger(ClusterConfig(8))
     r = request()

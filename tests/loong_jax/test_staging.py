@@ -52,7 +52,10 @@ def row(
     request: int, runs: list[Run], homes: list[int], pages: list[int], emit: bool = False, **sampling
 ) -> PrefillRow:
     tokens = ids(*(100 * request + p for run in runs for p in range(run.first, run.end)))
-    return PrefillRow(request, request % 5, tuple(runs), tokens, tuple(homes), tuple(pages), emit, Sampling(**sampling))
+    sampled = Sampling(**sampling)
+    return PrefillRow(
+        request, request % 5, tuple(runs), tokens, tuple(homes), tuple(pages), emit, sampled, 40 + request
+    )
 
 
 def test_units_are_striped_across_requests(tables):
@@ -71,6 +74,7 @@ def test_units_are_striped_across_requests(tables):
     assert fields["num_emits"].tolist() == [0, 0]
     assert (fields["emit_index"] == -1).all()
     assert (fields["emit_slot"] == NUM_SLOTS).all(), "nobody's slot"
+    assert fields["rope_len"].tolist() == [[41, 42, 0]] * 2
     assert staged.rows.tolist() == []
     assert staged.moves is None
 
@@ -170,19 +174,19 @@ def test_decode_rows_lie_with_their_masters(tables):
     hold(tables, 7, {5: 1, 0: 2})
     hold(tables, 8, {2: 1})
     rows = [
-        DecodeRow(8, 3, 4, 44, 5, 1, Run(4, 1), Sampling(temperature=1.5, top_k=2, top_p=0.5, seed=9)),
-        DecodeRow(9, 1, 0, -1, 0, 2, Run(0, 1), Sampling()),
-        DecodeRow(7, 4, 14, 77, 5, 3, Run(12, 3), Sampling()),
+        DecodeRow(8, 3, 4, 44, 5, 1, Run(4, 1), Sampling(temperature=1.5, top_k=2, top_p=0.5, seed=9), 30),
+        DecodeRow(9, 1, 0, -1, 0, 2, Run(0, 1), Sampling(), 31),
+        DecodeRow(7, 4, 14, 77, 5, 3, Run(12, 3), Sampling(), 32),
     ]
     staged, fields = decode(tables, rows)
     bits = lambda value: int(np.float32(value).view(np.int32))
-    one, nobody = bits(1.0), [0, NUM_SLOTS, -1, NUM_PAGES, 0, 0, 0, 0, 0]
-    assert OWN_FIELDS[:5] == ("token", "slot", "position", "write_page", "write_slot")
-    assert OWN_FIELDS[5:] == ("temperature", "top_p", "top_k", "seed")
+    one, nobody = bits(1.0), [0, NUM_SLOTS, -1, NUM_PAGES, 0, 0, 0, 0, 0, 0]
+    assert OWN_FIELDS[:6] == ("token", "slot", "position", "write_page", "write_slot", "rope_len")
+    assert OWN_FIELDS[6:] == ("temperature", "top_p", "top_k", "seed")
     assert fields["own"].tolist() == [
-        [[-1, 1, 0, 2, 0, 0, one, 0, 0], nobody],
+        [[-1, 1, 0, 2, 0, 31, 0, one, 0, 0], nobody],
         [nobody, nobody],
-        [[44, 3, 4, 1, 0, bits(1.5), bits(0.5), 2, 9], [77, 4, 14, 3, 2, 0, one, 0, 0]],
+        [[44, 3, 4, 1, 0, 30, bits(1.5), bits(0.5), 2, 9], [77, 4, 14, 3, 2, 32, 0, one, 0, 0]],
     ]
     every = [[1, 0], [NUM_SLOTS, -1], [NUM_SLOTS, -1], [NUM_SLOTS, -1], [3, 4], [4, 14]]
     assert fields["every"].tolist() == [every] * 3

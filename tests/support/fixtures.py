@@ -16,6 +16,8 @@ from loong_jax.model.oracle import Oracle
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ("gqa", "mha", "tied", "rope3", "bf16")
 FLOAT32_NAMES = NAMES[:4]
+FAMILY_NAMES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "longrope")
+"""One of each family beside Llama and of each kind of rotary embedding, all float32."""
 
 
 class Fixture(NamedTuple):

@@ -43,6 +43,8 @@ from tests.support.real_engine import TIE, DataPlane
 
 MODELS = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 GREEDY = Sampling()
+MAX_TOKENS = 16
+"""What requests ask for; it only sways rotary embeddings that depend on a request's length."""
 
 # One bucket each: few programs to compile. Several query tiles and ring tiles, several pages in each. Two instances
 # hold sixteen chunks of 256 tokens with little to spare.
@@ -76,6 +78,7 @@ class Sequence:
     def __init__(self, request: int, tokens: list[int], num_instances: int, sampling: Sampling):
         self.request, self.slot, self.tokens, self.sampling = request, request, list(tokens), sampling
         self.prompt_len = self.issued = len(tokens)
+        self.rope_len = len(tokens) + MAX_TOKENS
         self.logprobs: list[float] = []
         self.homes: list[dict[int, Run]] = [{} for _ in range(num_instances)]
 
@@ -134,6 +137,7 @@ class Plane:
     def fork(self, parent: Sequence, sampling: Sampling) -> Sequence:
         """A child that shares the parent's full pages and copies the others."""
         child = self.sequence(parent.tokens, sampling)
+        child.rope_len = parent.rope_len
         full, open_pages = [], []
         for instance, pages in enumerate(parent.homes):
             for page, run in pages.items():
@@ -176,7 +180,7 @@ class Plane:
             assert sequence.generated, "nothing to check"
             prompt = sequence.tokens[: sequence.prompt_len]
             verdict = self.data.judge.check(
-                prompt, sequence.generated, sequence.logprobs, sequence.sampling, tolerance, tie
+                prompt, sequence.generated, sequence.logprobs, sequence.sampling, tolerance, tie, sequence.rope_len
             )
             assert verdict.num_ties == 0 or sequence.sampling.temperature == 0
 
@@ -230,8 +234,16 @@ class Plane:
             sequence.issued += emit
             rows.append(
                 PrefillRow(
-                    sequence.request, sequence.slot, runs, tokens, tuple(where), tuple(pages), emit, sequence.sampling
-                )
+                    sequence.request,
+                    sequence.slot,
+                    runs,
+                    tokens,
+                    tuple(where),
+                    tuple(pages),
+                    emit,
+                    sequence.sampling,
+                    sequence.rope_len,
+                )  # fmt: skip
             )
         bucket = prefill_bucket(num_units, len(group), self.cluster.ladder, self.cluster.page_tokens)
         assert bucket is not None, "the chunk is too large"
@@ -246,7 +258,17 @@ class Plane:
             page, run = self._open(sequence, master, position)
             token = -1 if on_device else sequence.tokens[position]
             out.append(
-                DecodeRow(sequence.request, sequence.slot, position, token, master, page, run, sequence.sampling)
+                DecodeRow(
+                    sequence.request,
+                    sequence.slot,
+                    position,
+                    token,
+                    master,
+                    page,
+                    run,
+                    sequence.sampling,
+                    sequence.rope_len,
+                )  # fmt: skip
             )
             sequence.homes[master][page] = run
             sequence.issued += 1

@@ -156,12 +156,14 @@ class Judge:
         sampling: Sampling,
         tolerance: float = 1e-4,
         tie: float = TIE,
+        rope_len: int | None = None,
     ) -> Verdict:
-        """Every token is the oracle's after the same history, or a greedy tie; log-probabilities agree."""
+        """Every token is the oracle's after the same history, or a greedy tie; log-probabilities agree. `rope_len`:
+        that of the request, where the rotary embedding depends on it."""
         if not tokens:
             return Verdict(0, 0, 0.0)
         history = np.concatenate([np.asarray(prompt, np.int32), np.asarray(tokens[:-1], np.int32)])
-        rows = self.oracle.logprobs(history)[len(prompt) - 1 :]
+        rows = self.oracle.logprobs(history, rope_len)[len(prompt) - 1 :]
         worst = float(np.abs(rows[np.arange(len(tokens)), tokens] - np.asarray(logprobs)).max())
         assert worst < tolerance, f"log-probability off by {worst}"
         expected = rows.argmax(axis=1) if sampling.temperature == 0 else self._sampled(rows, len(prompt), sampling)

@@ -21,7 +21,7 @@ GEMMA3 = {
     "family": "gemma3_text",
     "windows": (64, 0),
     "window_rope": RopeConfig(1e3),
-    "query_scalar": 24.0,
+    "query_scalar": 24,
     "o_bias": True,
     "qkv_bias": True,
 }
@@ -40,7 +40,7 @@ GEMMA3 = {
         {"family": "qwen2", "qkv_bias": True, "windows": (0, 32)},
         {"family": "qwen3", "rope": RopeConfig(1e6, "dynamic", 4.0, original_max_position=4096)},
         {"rope": RopeConfig(1e6, "longrope", 4.0, short_factor=(1.0,) * 16, long_factor=(2.0,) * 16)},
-        {"family": "gemma2", "attn_soft_cap": 50.0, "logit_soft_cap": 30.0, "query_scalar": 16.0, "windows": (8, 0)},
+        {"family": "gemma2", "attn_soft_cap": 50.0, "logit_soft_cap": 30.0, "query_scalar": 16, "windows": (8, 0)},
         GEMMA3,
     ],
     ids=str,

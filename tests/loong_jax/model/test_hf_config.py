@@ -190,7 +190,7 @@ def test_biases(tmp_path):
 def test_gemma_fields(tmp_path):
     config = read(tmp_path, **GEMMA3)
     assert (config.rope, config.window_rope) == (RopeConfig(1e6), RopeConfig(1e4))
-    assert (config.query_scalar, config.attn_soft_cap, config.logit_soft_cap) == (256.0, None, None)
+    assert (config.query_scalar, config.attn_soft_cap, config.logit_soft_cap) == (256, None, None)
     assert config.tie_embeddings
     assert config.attention_scale == 1 / 16
     new = {"sliding_attention": {"rope_theta": 5.0}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
@@ -198,7 +198,7 @@ def test_gemma_fields(tmp_path):
     assert (config.rope, config.window_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(5.0))
     config = read(tmp_path, architectures=["Gemma2ForCausalLM"], query_pre_attn_scalar=24)
     assert (config.head_dim, config.attn_soft_cap, config.logit_soft_cap) == (256, 50.0, 30.0)
-    assert (config.query_scalar, config.rope, config.window_rope) == (24.0, RopeConfig(1e4), None)
+    assert (config.query_scalar, config.rope, config.window_rope) == (24, RopeConfig(1e4), None)
 
 
 @pytest.mark.parametrize(

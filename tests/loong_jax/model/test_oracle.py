@@ -1,35 +1,99 @@
 """The oracle against log-probabilities recorded from `transformers` (scripts/record_transformers.py)."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
-from loong_jax.model.oracle import QUERY_BLOCK, causal_attention
-from tests.support.fixtures import FIXTURES, FLOAT32_NAMES, load_fixture, random_prompt
+from loong_jax.config import RopeConfig
+from loong_jax.model.oracle import QUERY_BLOCK, Oracle, causal_attention
+from tests.support.fixtures import FAMILY_NAMES, FIXTURES, FLOAT32_NAMES, load_fixture, random_prompt
 
-NUM_PROMPTS = 7  # of 5 to 6,000 tokens
+CHANGES = [
+    ("mistral", {"windows": ()}),
+    ("mistral", {"windows": (51, 51)}),
+    ("mistral", {"rope": RopeConfig()}),
+    ("qwen2", {"windows": (40, 40)}),
+    ("qwen2", {"windows": (40, 0)}),
+    ("qwen2", {"rope": RopeConfig(1e5)}),
+    ("qwen3", {"rope": RopeConfig(1e4)}),
+    ("gemma2", {"attn_soft_cap": None}),
+    ("gemma2", {"logit_soft_cap": None}),
+    ("gemma2", {"query_scalar": None}),
+    ("gemma3", {"window_rope": None}),
+    ("gemma3", {"windows": (30, 30, 30)}),
+    ("longrope", {"rope": RopeConfig()}),
+]
 
 
-@pytest.mark.parametrize("name", FLOAT32_NAMES)
-def test_transformers_agrees_within_1e_3(name):
-    oracle = load_fixture(name).oracle
+class Recording(NamedTuple):
+    """One prompt as `transformers` saw it. `whole`: the prompt, and the greedy text after it, except where dynamic
+    rotation is beyond its original length: there `transformers` lets cached keys age, and only the prompt compares."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+    next: np.ndarray
+    greedy: np.ndarray
+    greedy_logprobs: np.ndarray
+    greedy_margins: np.ndarray
+
+    def whole(self, rope: RopeConfig) -> np.ndarray:
+        text = np.concatenate([self.tokens, self.greedy])
+        return self.tokens if rope.kind == "dynamic" and len(text) > rope.original_max_position else text
+
+
+def recordings(name) -> list[Recording]:
     recorded = np.load(FIXTURES / "recorded" / f"{name}.npz")
-    lengths = []
-    for i in range(NUM_PROMPTS):
-        tokens, positions, greedy = (recorded[f"{key}_{i}"] for key in ("tokens", "positions", "greedy"))
-        lengths.append(len(tokens))
-        # Teacher-forced over the prompt and the recorded greedy continuation at once.
-        logprobs = oracle.logprobs(np.concatenate([tokens, greedy]))
-        top = np.take_along_axis(logprobs[positions], recorded[f"top_ids_{i}"], axis=1)
-        np.testing.assert_allclose(top, recorded[f"top_{i}"], atol=1e-3)
-        following = np.append(tokens[1:], greedy[0])[positions]
-        np.testing.assert_allclose(logprobs[positions, following], recorded[f"next_{i}"], atol=1e-3)
-        steps = np.arange(len(tokens) - 1, len(tokens) - 1 + len(greedy))
-        np.testing.assert_allclose(logprobs[steps, greedy], recorded[f"greedy_logprobs_{i}"], atol=1e-3)
-        sure = recorded[f"greedy_margins_{i}"] > 1e-3
-        np.testing.assert_array_equal(logprobs[steps].argmax(-1)[sure], greedy[sure])
-    assert min(lengths) == 5
-    assert max(lengths) == 6000
+    count = sum(key.startswith("tokens_") for key in recorded.files)
+    return [Recording(*(recorded[f"{field}_{i}"] for field in Recording._fields)) for i in range(count)]
+
+
+def worst(oracle: Oracle, recording: Recording) -> float:
+    """Largest difference of a log-probability, of the prompt and of the greedy text, teacher-forced at once."""
+    text = recording.whole(oracle.config.rope)
+    logprobs = oracle.logprobs(text)
+    positions, following = recording.positions, np.append(recording.tokens[1:], recording.greedy[0])
+    out = [np.take_along_axis(logprobs[positions], recording.top_ids, axis=1) - recording.top]
+    out.append(logprobs[positions, following[positions]] - recording.next)
+    if len(text) > len(recording.tokens):
+        steps = np.arange(len(recording.tokens) - 1, len(text) - 1)
+        out.append(logprobs[steps, recording.greedy] - recording.greedy_logprobs)
+        sure = recording.greedy_margins > 1e-3
+        np.testing.assert_array_equal(logprobs[steps].argmax(-1)[sure], recording.greedy[sure])
+    return max(float(np.abs(difference).max()) for difference in out)
+
+
+@pytest.mark.parametrize("name", FLOAT32_NAMES + FAMILY_NAMES)
+def test_transformers_agrees_within_1e_3(name):
+    oracle, recorded = load_fixture(name).oracle, recordings(name)
+    for recording in recorded:
+        assert worst(oracle, recording) < 1e-3, len(recording.tokens)
+    lengths = [len(recording.tokens) for recording in recorded]
+    assert (min(lengths), max(lengths)) == (5, 6000 if name in FLOAT32_NAMES else 2500)
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES, ids=str)
+def test_a_wrong_configuration_is_noticed(name, change):
+    """The recordings have the power to see each of these."""
+    fixture = load_fixture(name)
+    assert msgspec.structs.replace(fixture.config, **change) != fixture.config
+    longest = recordings(name)[-1]
+    oracle = Oracle(msgspec.structs.replace(fixture.config, **change), fixture.params)
+    logprobs = oracle.logprobs(longest.tokens)[longest.positions]
+    assert np.abs(np.take_along_axis(logprobs, longest.top_ids, axis=1) - longest.top).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["longrope", "qwen3"])
+def test_the_length_a_request_was_admitted_with_matters(name):
+    fixture = load_fixture(name)
+    tokens, original = random_prompt(fixture.config, 100), fixture.config.rope.original_max_position
+    short, same, long = (fixture.oracle.logprobs(tokens, length) for length in (100, original, 2 * original))
+    np.testing.assert_array_equal(short, same)
+    assert np.abs(long - short).max() > 1e-2
 
 
 def test_blocked_attention_equals_dense_attention():
