@@ -27,10 +27,10 @@ def units(runs: Iterable[Run], page_tokens: int) -> list[Run]:
     ]
 
 
-def prefill_bucket(num_units: int, dop: int, ladder: LadderConfig, page_tokens: int) -> int | None:
-    """Tokens per instance of the smallest bucket for `num_units` units striped over `dop` ranks (unit u on rank
+def prefill_bucket(num_units: int, dop: int, sizes: tuple[int, ...], page_tokens: int) -> int | None:
+    """Tokens per instance of the smallest of `sizes` for `num_units` units striped over `dop` ranks (unit u on rank
     u mod dop, a page of tokens each); None when the largest is too small."""
-    return _at_least(-(-num_units // dop) * page_tokens, ladder.prefill_tokens)
+    return _at_least(-(-num_units // dop) * page_tokens, sizes)
 
 
 def decode_bucket(max_rows_per_master: int, ladder: LadderConfig) -> int | None:

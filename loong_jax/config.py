@@ -131,7 +131,8 @@ class LadderConfig(msgspec.Struct, frozen=True):
     """The program ladder (DESIGN 5). Everything else about a step is data.
 
     `prefill_tokens`: tokens per instance; `decode_rows`: rows per master; `prefill_rows`: requests a prefill batch may
-    hold; `move_pages`: pages a migrate or copy program takes at once.
+    hold; `move_pages`: pages a migrate or copy program takes at once; `score_tokens`: tokens per instance of a prefill
+    that gives log-probabilities of the prompt, which is refused where there is none.
     """
 
     dops: tuple[int, ...] = (1, 2, 3, 4, 8)
@@ -139,12 +140,15 @@ class LadderConfig(msgspec.Struct, frozen=True):
     decode_rows: tuple[int, ...] = (1, 8, 32, 128)
     prefill_rows: int = 32
     move_pages: int = 64
+    score_tokens: tuple[int, ...] = (512,)
 
     def __post_init__(self) -> None:
         for field in ("dops", "prefill_tokens", "decode_rows"):
             values = getattr(self, field)
             _require(len(values) > 0 and list(values) == sorted(set(values)), field, "must be ascending and not empty")
             _require(values[0] >= 1, field, "must be positive")
+        _require(list(self.score_tokens) == sorted(set(self.score_tokens)), "score_tokens", "must be ascending")
+        _require(all(tokens >= 1 for tokens in self.score_tokens), "score_tokens", "must be positive")
         _require(self.dops[0] == 1, "dops", "must contain 1: every request must be servable on one instance")
         _require(self.num_programs <= 64, "ladder", f"holds {self.num_programs} programs; at most 64")
 
@@ -158,10 +162,23 @@ class LadderConfig(msgspec.Struct, frozen=True):
         for dop in sorted(self.dops, key=lambda d: (d not in (1, self.dops[-1]), d)):
             out += [Program(Phase.PREFILL, dop, b) for b in self.prefill_tokens]
             out += [Program(Phase.DECODE, dop, b) for b in self.decode_rows]
+            out += [Program(Phase.SCORE, dop, b) for b in self.score_tokens]
         out.append(Program(Phase.COPY, 1, self.move_pages))
         if 2 in self.dops:
             out.append(Program(Phase.MIGRATE, 2, self.move_pages))
         return tuple(out)
+
+    def buckets(self, phase: Phase) -> tuple[int, ...]:
+        """Sizes of the programs of a step phase, ascending."""
+        match phase:
+            case Phase.PREFILL:
+                return self.prefill_tokens
+            case Phase.SCORE:
+                return self.score_tokens
+            case Phase.DECODE:
+                return self.decode_rows
+            case _:
+                return (self.move_pages,)
 
 
 class ClusterConfig(msgspec.Struct, frozen=True):
@@ -169,7 +186,9 @@ class ClusterConfig(msgspec.Struct, frozen=True):
 
     `pages_per_instance` pages of `page_tokens` tokens each; `ring_tokens`: size of a context tile in the ring;
     `query_tile_tokens`: q tokens per instance exchanged at once in gather-q; `table_entries`: page-table entries an
-    instance can hold (shared pages have one entry per request); `slots`: requests alive at once.
+    instance can hold (shared pages have one entry per request); `slots`: requests alive at once; `adjust_tokens`: most
+    tokens of one request whose logits may be biased, banned, or penalised for their number; `max_top`: most likeliest
+    tokens reported for a position.
     """
 
     num_instances: int
@@ -180,6 +199,8 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     query_tile_tokens: int = 128
     slots: int = 1024
     ladder: LadderConfig = LadderConfig()
+    adjust_tokens: int = 8192
+    max_top: int = 20
 
     def __post_init__(self) -> None:
         _require(self.num_instances >= 1, "num_instances", "must be positive")
@@ -190,8 +211,11 @@ class ClusterConfig(msgspec.Struct, frozen=True):
         _require(
             self.query_tile_tokens % self.page_tokens == 0, "query_tile_tokens", "must be a multiple of page_tokens"
         )
-        for bucket in self.ladder.prefill_tokens:
-            _require(bucket % self.page_tokens == 0, "prefill_tokens", f"{bucket} is no multiple of page_tokens")
+        for field in ("prefill_tokens", "score_tokens"):
+            for bucket in getattr(self.ladder, field):
+                _require(bucket % self.page_tokens == 0, field, f"{bucket} is no multiple of page_tokens")
+        _require(self.adjust_tokens >= 1, "adjust_tokens", "must be positive")
+        _require(self.max_top >= 0, "max_top", "must not be negative")
         _require(max(self.ladder.dops) <= self.num_instances, "dops", "exceed num_instances")
 
     @property

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.ledger import Ledger
 from loong_jax.request_state import NO_SLOT, RequestState
-from loong_jax.types import InstanceView, Program, Reservation
+from loong_jax.types import InstanceView, Program, Reservation, Run
 
 MAX_QUEUED_STEPS = 2
 """INV-6: one running and one queued step per instance."""
@@ -20,13 +20,14 @@ MAX_QUEUED_STEPS = 2
 
 class Step(NamedTuple):
     """A step in flight. `samples`: (request, index of the token it samples) in the order of `StepDone.tokens`;
-    `requests`: every request whose KV the step touches."""
+    `requests`: every request whose KV the step touches; `scored`: (request, runs) in the order of `StepDone.scores`."""
 
     step: int
     instances: tuple[int, ...]
     is_prefill: bool
     samples: tuple[tuple[int, int], ...]
     requests: tuple[int, ...]
+    scored: tuple[tuple[int, tuple[Run, ...]], ...] = ()
 
 
 class CoreState:
@@ -37,6 +38,7 @@ class CoreState:
         self.requests: dict[int, RequestState] = {}  # unfinished
         self.active: list[int] = []  # with a slot, in arrival order
         self.waiting: dict[int, None] = {}  # without, in arrival order
+        self.held: dict[int, int] = {}  # waiting, but not to start before this parent has the KV they share
         self.free_slots = list(range(cluster.slots - 1, -1, -1))
         self.steps: dict[int, Step] = {}
         self.next_step = 0
@@ -102,6 +104,7 @@ class CoreState:
         self.failures.pop(request.id, None)
         if request.slot == NO_SLOT:
             del self.waiting[request.id]
+            self.held.pop(request.id, None)
         else:
             self.active.remove(request.id)
             self.free_slots.append(request.slot)
@@ -116,10 +119,11 @@ class CoreState:
         requests: tuple[int, ...],
         *,
         is_prefill: bool = False,
+        scored: tuple[tuple[int, tuple[Run, ...]], ...] = (),
     ) -> int:
         step = self.next_step
         self.next_step = step + 1
-        self.steps[step] = Step(step, instances, is_prefill, samples, requests)
+        self.steps[step] = Step(step, instances, is_prefill, samples, requests, scored)
         for instance in instances:
             self.queued[instance] += 1
             self.prefilling[instance] += is_prefill

@@ -95,6 +95,7 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
         issued = request.issued
         if (
             request.holes
+            or request.score
             or issued >= request.prompt_len + request.max_tokens
             or master not in group
             or not group.issuperset(ledger.tokens(request.id))
@@ -105,6 +106,8 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
         token = -1
         if issued == len(request.tokens):
             token = request.tokens[-1]
+        elif request.needs_history:
+            raise PlanError(f"decode: penalties need the newest token on the host: {planned_row}")
         elif master not in request.device_group:
             raise PlanError(f"decode: master did not sample the newest token: {planned_row}, {request.device_group}")
         if not ledger.free_pages(master):
@@ -134,11 +137,12 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
     _require(1 <= len(planned.rows) <= ladder.prefill_rows, "prefill: number of rows", len(planned.rows))
     requests = [_check_prefill_row(state, row, set(instances)) for row in planned.rows]
     _require(len({r.id for r in requests}) == len(requests), "prefill: a request twice", planned.rows)
+    _require(all(r.score == planned.score for r in requests), "prefill: scored beside unscored", planned.rows)
     units = [buckets.units(row.runs, page_tokens) for row in planned.rows]
     num_units = sum(map(len, units))
-    bucket = _ready_bucket(
-        state, instances, Phase.PREFILL, buckets.prefill_bucket(num_units, len(instances), ladder, page_tokens)
-    )
+    phase = Phase.SCORE if planned.score else Phase.PREFILL
+    smallest = buckets.prefill_bucket(num_units, len(instances), ladder.buckets(phase), page_tokens)
+    bucket = _ready_bucket(state, instances, phase, smallest)
     _check_keep(state, planned, num_units)
     # All pages are taken before any moved page is released: within one program a page is either read or written.
     moves = _rehome_moves(state, planned.rehome)
@@ -156,8 +160,9 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
         first = last
     for move in moves:
         state.ledger.move(move)
-    step = state.open_step(instances, tuple(samples), tuple(r.id for r in requests), is_prefill=True)
-    return RunPrefill(step, instances, bucket, planned.form, tuple(rows), moves)
+    scored = tuple((row.request, row.runs) for row in rows) if planned.score else ()
+    step = state.open_step(instances, tuple(samples), tuple(r.id for r in requests), is_prefill=True, scored=scored)
+    return RunPrefill(step, instances, bucket, planned.form, tuple(rows), moves, planned.score)
 
 
 def _prefill_row(
@@ -175,9 +180,18 @@ def _prefill_row(
     emit = runs[-1].end == request.known
     request.last_master = homes[-1]
     request.holes = tuple(_subtract(request.holes, runs))
-    tokens = b"".join(request.tokens[run.first : run.end].tobytes() for run in runs)
+    tokens = _tokens_at(request, runs, 0)
+    targets, num_top = (_tokens_at(request, runs, 1), request.num_prompt_top or 0) if request.score else (b"", 0)
     return PrefillRow(
-        request.id, request.slot, runs, tokens, tuple(homes), tuple(pages), emit, request.sampling, request.rope_len
+        request.id, request.slot, runs, tokens, tuple(homes), tuple(pages), emit, request.sampling, request.rope_len,
+        targets, num_top,
+    )  # fmt: skip
+
+
+def _tokens_at(request: RequestState, runs: tuple[Run, ...], offset: int) -> bytes:
+    """Ids at the positions of `runs`, shifted by `offset`; 0 beyond the known ones."""
+    return b"".join(
+        request.tokens[run.first + offset : run.end + offset].tobytes().ljust(4 * run.count, b"\0") for run in runs
     )
 
 
@@ -250,7 +264,7 @@ def _ready_bucket(state: CoreState, instances: tuple[int, ...], phase: Phase, sm
     """The smallest READY bucket that is at least `smallest`."""
     ladder = state.cluster.ladder
     if smallest is not None:
-        for bucket in ladder.prefill_tokens if phase is Phase.PREFILL else ladder.decode_rows:
+        for bucket in ladder.buckets(phase):
             if bucket >= smallest and (Program(phase, len(instances), bucket), instances) in state.ready:
                 return bucket
     raise PlanError(f"group: no READY {phase} program of bucket {smallest} or more on {instances}")
@@ -264,6 +278,7 @@ def _check_group(state: CoreState, instances: tuple[int, ...], program: Program)
 def _check_decode_row(state: CoreState, request: RequestState, master: int, group: set[int]) -> None:
     """Says which rule a decode row breaks."""
     _require(not request.holes, "decode: request lacks KV", request.id, request.holes)
+    _require(not request.score, "decode: the prompt is not scored yet", request.id)
     _require(request.issued < request.end, "decode: beyond max_tokens", request.id, request.issued, request.end)
     _require(master in group, "decode: master is not in the group", request.id, master)
     held = state.ledger.tokens(request.id)

@@ -9,9 +9,10 @@ What it is not: a policy (`policy/`), the rules of a plan (`issue.py`), or an ex
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice, repeat
 from typing import Protocol
 
-from loong_jax import invariants, issue
+from loong_jax import forks, invariants, issue
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.core_state import CoreState, Step
 from loong_jax.cost import CostModel
@@ -21,22 +22,18 @@ from loong_jax.types import (
     AnyCommand,
     AnyEvent,
     Arrived,
-    CopyPages,
     CostUpdated,
     Drain,
     Emit,
     Finish,
     FinishReason,
-    Fork,
+    Forget,
     Forked,
     Free,
     InstanceJoined,
     InstanceLost,
-    PageCopy,
-    Phase,
     Plan,
     Prepare,
-    Program,
     ProgramReady,
     Reject,
     RejectReason,
@@ -45,6 +42,7 @@ from loong_jax.types import (
     StepFailed,
     Stopped,
     Tick,
+    Top,
     Truncate,
     View,
 )
@@ -75,6 +73,8 @@ class Manager:
         state.now_us = now_us
         self._out = []
         self._react(event)
+        if state.held:
+            self._out += forks.release(state)
         if state.blocked:
             self._unblock()
         self._plan()
@@ -90,8 +90,8 @@ class Manager:
         requests, ledger = state.requests, state.ledger
         shown = [requests[r].view(ledger) for r in state.active]
         if state.waiting:
-            places = state.free_places
-            shown += [requests[r].view(ledger) for r, _ in zip(state.waiting, range(places))]  # noqa: B905
+            may_start = (r for r in state.waiting if r not in state.held)
+            shown += [requests[r].view(ledger) for r in islice(may_start, max(0, state.free_places))]
         return View(state.now_us, ledger.page_tokens, state.instance_views(), tuple(shown), state.ready)
 
     def describe(self) -> str:
@@ -131,9 +131,18 @@ class Manager:
         state = self.state
         if len(event.prompt) == 0 or len(event.prompt) % 4 or event.max_tokens < 1:
             raise ValueError(f"request {event.request}: empty or broken prompt, or max_tokens < 1")
+        if event.num_prompt_top is not None and not state.cluster.ladder.score_tokens:
+            raise ValueError(f"request {event.request}: the ladder has no scoring programs")
         state.num_admitted += 1
         request = RequestState(
-            event.request, state.now_us, event.prompt, event.max_tokens, event.sampling, event.stop_ids
+            event.request,
+            state.now_us,
+            event.prompt,
+            event.max_tokens,
+            event.sampling,
+            event.stop_ids,
+            event.adjustment,
+            event.num_prompt_top,
         )
         if self._admit(request):
             self._enqueue(request)
@@ -168,6 +177,9 @@ class Manager:
         assert request.id not in state.requests, f"request id {request.id} is used twice"
         state.requests[request.id] = request
         state.waiting[request.id] = None
+        adjust = request.adjust()
+        if adjust is not None:
+            self._out.append(adjust)
 
     def _on_step_done(self, event: StepDone) -> None:
         step = self.state.close_step(event.step)
@@ -176,25 +188,34 @@ class Manager:
         if len(event.tokens) != len(step.samples) or len(event.logprobs) != len(step.samples):
             raise ValueError(f"step {event.step} samples {len(step.samples)} tokens, {len(event.tokens)} came")
         requests, dop = self.state.requests, len(step.instances)
-        for (request_id, index), token, logprob in zip(step.samples, event.tokens, event.logprobs, strict=True):
+        for (request_id, runs), scores in zip(step.scored, event.scores, strict=True):
+            new = requests[request_id].take_scores(runs, scores) if request_id in requests else None
+            if new is not None:
+                self._out.append(new)
+        tops = event.tops or repeat(None, len(step.samples))
+        for (request_id, index), token, logprob, top in zip(
+            step.samples, event.tokens, event.logprobs, tops, strict=True
+        ):
             request = requests.get(request_id)
             if request is None:
                 continue
             if index == len(request.tokens):
-                self._append(request, token, logprob, dop)
+                self._append(request, token, logprob, dop, top)
                 while request.early and request_id in requests and len(request.tokens) in request.early:
                     self._append(request, *request.early.pop(len(request.tokens)))
             elif index > len(request.tokens):
-                request.early[index] = (token, logprob, dop)
+                request.early[index] = (token, logprob, dop, top)
         for request_id in step.requests if self.state.failures else ():
             self.state.failures.pop(request_id, None)
         self._settle(step)
 
-    def _append(self, request: RequestState, token: int, logprob: float, dop: int) -> None:
+    def _append(self, request: RequestState, token: int, logprob: float, dop: int, top: Top | None) -> None:
         """The next token of the stream is known."""
         generated = len(request.tokens) - request.prompt_len
         request.tokens.append(token)
-        self._out.append(Emit(request.id, generated, (token,), (logprob,), dop))
+        self._out.append(Emit(request.id, generated, (token,), (logprob,), dop, () if top is None else (top,)))
+        if self.state.held:  # before its pages may go
+            self._out += forks.release(self.state)
         if token in request.stop_ids:
             self._finish(request, FinishReason.STOP, generated + 1)
         elif generated + 1 == request.max_tokens:
@@ -256,34 +277,10 @@ class Manager:
             message = f"parent {event.parent} has finished"
             self._out.append(Finish(event.child, FinishReason.ERROR, 0, message))
             return
-        child = RequestState(
-            event.child, state.now_us, parent.tokens.tobytes(), event.max_tokens, event.sampling, event.stop_ids,
-            parent.rope_len,
-        )  # fmt: skip
-        if not self._admit(child):
-            return
-        self._enqueue(child)
-        # A child that has to wait for a place shares nothing yet: waiting requests hold no page.
-        if state.free_places > 0:
-            state.start(child)
-            self._share_pages(parent, child)
-
-    def _share_pages(self, parent: RequestState, child: RequestState) -> None:
-        state, move_pages = self.state, self.state.cluster.ladder.move_pages
-        copy = Program(Phase.COPY, 1, move_pages)
-        copy_on = frozenset(
-            i for i in state.ledger.tokens(parent.id) if state.has_room(i) and (copy, (i,)) in state.ready
-        )
-        forked = state.ledger.fork(parent.id, child.id, child.known - 1, copy_on)
-        child.holes = tuple(state.ledger.table.missing(child.id, child.known - 1))
-        parent.changed()  # a shared page is no longer open to it
-        if forked.shared:
-            self._out.append(Fork(parent.id, child.id, forked.shared))
-        if forked.copied is not None:
-            instance, src_page, dst_page, run = forked.copied
-            child.last_master = instance
-            step = state.open_step((instance,), (), (child.id,))
-            self._out.append(CopyPages(step, instance, (PageCopy(child.id, src_page, dst_page, run),)))
+        child = forks.child_of(state, event, parent)
+        if self._admit(child):
+            self._enqueue(child)
+            self._out += forks.start_or_hold(state, parent, child)
 
     def _on_program_ready(self, event: ProgramReady) -> None:
         key = (event.program, event.instances)
@@ -297,6 +294,8 @@ class Manager:
         that will be given them."""
         state = self.state
         self._out.append(Finish(request.id, reason, num_generated, message))
+        if request.adjustment is not None:
+            self._out.append(Forget(request.id))
         held = tuple(sorted(state.ledger.tokens(request.id)))
         if held:
             state.ledger.free(request.id, held)

@@ -7,6 +7,7 @@ field names are those of `esp/layout.py`. What it is not: the page tables (`page
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -19,24 +20,44 @@ from loong_jax.esp.layout import (
     SAMPLING_FIELDS,
     Layout,
     StepShape,
+    adjust_layout,
     decode_layout,
     prefill_layout,
     transfer_layout,
 )
+from loong_jax.esp.sampled import SCORE_TILE
 from loong_jax.page_table import NO_ENTRY, PageTables
+from loong_jax.row_adjust import RowAdjust
 from loong_jax.types import ContextForm, CopyPages, Migrate, RunDecode, RunPrefill, Sampling
 
+_NUM_TOP = OWN_FIELDS.index("num_top")
 _NO_ROW = tuple(NOWHERE if name == "position" else 0 for name in OWN_FIELDS)
 
 
+class Output(NamedTuple):
+    """`rows`: indices into the sampled output, in the order of `StepDone.tokens`; `num_tops`: likeliest tokens wanted
+    for each, () when none is. `scored`: where the scores of each row of a scoring prefill lie, and likeliest tokens."""
+
+    rows: np.ndarray
+    num_tops: tuple[int, ...] = ()
+    scored: tuple[tuple[np.ndarray, int], ...] = ()
+
+
 class Staged(NamedTuple):
-    """`packed` `[dop, size]` int32; `deltas`: its view `[dop, num_deltas, 4]`, all NO_ENTRY yet; `rows`: indices into
-    the step's sampled output, in the order of `StepDone.tokens`; `moves` `[dop, entries]` int32 or None."""
+    """`packed` `[dop, size]` int32; `deltas`: its view `[dop, num_deltas, 4]`, all NO_ENTRY yet; `output`: how to read
+    what the step gives; `adjust` `[dop, size]` and `moves` `[dop, entries]`, int32 or None for blank ones."""
 
     packed: np.ndarray
     deltas: np.ndarray
-    rows: np.ndarray
+    output: Output
+    adjust: np.ndarray | None = None
     moves: np.ndarray | None = None
+
+
+Adjusts = Mapping[int, RowAdjust]
+"""Of the adjusted requests, by request."""
+
+NO_ADJUSTS: Adjusts = {}
 
 
 class _Blank(NamedTuple):
@@ -85,11 +106,23 @@ def _blank_transfer(shape: StepShape) -> _Blank:
 
 
 @lru_cache(maxsize=4096)
-def _sampling_fields(sampling: Sampling) -> tuple[int, int, int, int]:
-    """Temperature and top_p as bits, top_k, seed: the order of the fields of a layout."""
+def _sampling_fields(sampling: Sampling) -> tuple[int, ...]:
+    """As SAMPLING_FIELDS; floats as bits."""
     bits = lambda value: int(np.float32(value).view(np.int32))
     seed = int(np.uint32(sampling.seed & 0xFFFFFFFF).view(np.int32))
-    return bits(sampling.temperature), bits(sampling.top_p), sampling.top_k, seed
+    return (
+        bits(sampling.temperature),
+        bits(sampling.top_p),
+        sampling.top_k,
+        seed,
+        bits(sampling.min_p),
+        sampling.num_top,
+    )
+
+
+def _num_tops(samplings: list[Sampling]) -> tuple[int, ...]:
+    wanted = tuple(sampling.num_top for sampling in samplings)
+    return wanted if any(wanted) else ()
 
 
 class _Stripes(NamedTuple):
@@ -138,7 +171,53 @@ def _moves(command: RunPrefill, tables: PageTables, num_pages: int) -> np.ndarra
     return moves
 
 
-def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> Staged:
+def _adjust_prefill(
+    command: RunPrefill, shape: StepShape, adjusts: Adjusts, rank_of_row: np.ndarray
+) -> np.ndarray | None:
+    """Adjustments of the emitting rows, each where its last token lies."""
+    found = [
+        (i, row, adjusts[row.request]) for i, row in enumerate(command.rows) if row.emit and row.request in adjusts
+    ]
+    if not found:
+        return None
+    layout = adjust_layout(shape, shape.prefill_rows)
+    packed = np.zeros((shape.dop, layout.size), np.int32)
+    fields = layout.views(packed)
+    for i, row, adjust in found:
+        end = row.runs[-1].end
+        adjust.observe(end - 1, int(np.frombuffer(row.tokens, "<i4")[-1]))
+        adjust.write(fields, (int(rank_of_row[i]), i), end)
+    return packed
+
+
+def _adjust_decode(command: RunDecode, shape: StepShape, adjusts: Adjusts, where: list[int]) -> np.ndarray | None:
+    found = [
+        (at, row, adjusts[row.request]) for at, row in zip(where, command.rows, strict=True) if row.request in adjusts
+    ]
+    if not found:
+        return None
+    layout = adjust_layout(shape, shape.bucket)
+    packed = np.zeros((shape.dop, layout.size), np.int32)
+    fields = layout.views(packed)
+    for at, row, adjust in found:
+        adjust.observe(row.position, row.token)
+        adjust.write(fields, divmod(at, shape.bucket), row.position + 1)
+    return packed
+
+
+def _stage_scores(
+    command: RunPrefill, shape: StepShape, fields: dict[str, np.ndarray], rank: np.ndarray, at: np.ndarray
+) -> tuple[tuple[np.ndarray, int], ...]:
+    """Targets of a scoring prefill; where the scores of each row will lie."""
+    fields["targets"][rank, at] = np.concatenate([np.frombuffer(row.targets, "<i4") for row in command.rows])
+    fields["num_score_tiles"][:] = -(-(int(at.max()) + 1) // min(SCORE_TILE, shape.bucket))
+    fields["num_score_top"][:] = max(row.num_top for row in command.rows)
+    ends = np.cumsum([len(row.tokens) // 4 for row in command.rows])
+    index = rank * shape.bucket + at
+    return tuple((part, row.num_top) for part, row in zip(np.split(index, ends[:-1]), command.rows, strict=True))
+
+
+def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables, adjusts: Adjusts = NO_ADJUSTS) -> Staged:
     """The chunk's data; `tables` must not yet know the chunk's own pages."""
     packed, fields = _blank_prefill(shape).copy()
     stripes = _stripes(command, shape)
@@ -149,7 +228,9 @@ def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> 
     ids = np.concatenate([np.frombuffer(row.tokens, "<i4") for row in command.rows])
     unit = np.repeat(index, stripes.count)
     slot = np.arange(len(ids)) - np.repeat(np.cumsum(stripes.count) - stripes.count, stripes.count)
-    fields["tokens"][rank[unit], place[unit] * shape.page_tokens + slot] = ids
+    at = place[unit] * shape.page_tokens + slot
+    fields["tokens"][rank[unit], at] = ids
+    scored = _stage_scores(command, shape, fields, rank[unit], at) if shape.scores else ()
 
     fields["rope_len"][:, : len(command.rows)] = [row.rope_len for row in command.rows]
     context_pages = _context_ranges(command, tables, fields)
@@ -168,10 +249,13 @@ def stage_prefill(command: RunPrefill, shape: StepShape, tables: PageTables) -> 
         for name, value in zip(SAMPLING_FIELDS, _sampling_fields(row.sampling), strict=True):
             fields[name][:, i] = value
     fields["num_emits"][:] = len(emits)
-    return Staged(packed, fields["deltas"], np.array(emits, np.int32), _moves(command, tables, shape.num_pages))
+    num_tops = _num_tops([command.rows[i].sampling for i in emits])
+    adjust = _adjust_prefill(command, shape, adjusts, rank[stripes.last]) if adjusts else None
+    moves = _moves(command, tables, shape.num_pages)
+    return Staged(packed, fields["deltas"], Output(np.array(emits, np.int32), num_tops, scored), adjust, moves)
 
 
-def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> Staged:
+def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables, adjusts: Adjusts = NO_ADJUSTS) -> Staged:
     """The step's data; `tables` must already know the rows' new pages. Runs once a token: rows are collected in lists
     and written in blocks, because each write into an array costs as much as a whole block."""
     packed, fields = _blank_decode(shape).copy()
@@ -195,6 +279,7 @@ def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> St
         )
     at = np.array(where)
     own = np.array(own, np.int32)
+    num_tops = tuple(own[:, _NUM_TOP].tolist()) if own[:, _NUM_TOP].any() else ()
     fields["own"][at // shape.bucket, at % shape.bucket] = own
     fields["every"][:, at] = own[:, 1:3]  # slot, position
     requests = [row.request for row in command.rows]
@@ -206,7 +291,8 @@ def stage_decode(command: RunDecode, shape: StepShape, tables: PageTables) -> St
     if held:
         rank, row, start, length = np.array(held).T
         fields["ranges"][rank, at[row]] = np.stack([start, length], axis=1)
-    return Staged(packed, fields["deltas"], at)
+    adjust = _adjust_decode(command, shape, adjusts, where) if adjusts else None
+    return Staged(packed, fields["deltas"], Output(at, num_tops), adjust)
 
 
 def stage_transfer(command: Migrate | CopyPages, shape: StepShape) -> Staged:
@@ -222,4 +308,4 @@ def stage_transfer(command: Migrate | CopyPages, shape: StepShape) -> Staged:
             src, dst = rank_of[move.src], rank_of[move.dst]
             fields["read_page"][src, used[src]], fields["write_page"][dst, used[src]] = move.src_page, move.dst_page
             used[src] += 1
-    return Staged(packed, fields["deltas"], np.zeros(0, np.int32))
+    return Staged(packed, fields["deltas"], Output(np.zeros(0, np.int32)))

@@ -32,6 +32,7 @@ class Phase(StrEnum):
     """Kind of a compiled step program."""
 
     PREFILL = "prefill"
+    SCORE = "score"  # a prefill that also gives the log-probabilities of the tokens it computes
     DECODE = "decode"
     MIGRATE = "migrate"
     COPY = "copy"
@@ -58,8 +59,8 @@ class RejectReason(StrEnum):
 
 
 class Program(Record, frozen=True, order=True):
-    """One entry of the program ladder. `bucket`: prefill tokens per instance, or decode rows per master, or the
-    fixed page count of migrate / copy."""
+    """One entry of the program ladder. `bucket`: prefill tokens per instance, or decode rows per master, or the fixed
+    page count of migrate / copy."""
 
     phase: Phase
     dop: int
@@ -78,13 +79,64 @@ class Run(Record, frozen=True, order=True):
 
 
 class Sampling(Record, frozen=True):
-    """Sampling of one request. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off.
-    Noise is keyed by (seed, position), so placement, batch mix and DoP change nothing."""
+    """Sampling of one request. `temperature == 0` is greedy; `top_k == 0`, `top_p == 1` and `min_p == 0` switch those
+    filters off. Noise is keyed by (seed, position), so placement, batch mix and DoP change nothing. `num_top`: how many
+    of the likeliest tokens are reported beside the sampled one."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    num_top: int = 0
+
+
+class Adjustment(Record, frozen=True):
+    """Changes of one request's logits before temperature and filters, in this order: `logit_bias` (token, addend) and
+    the ban of its stop ids for the first `min_tokens` generated tokens; `repetition_penalty` on all tokens of prompt
+    and output (positive logits are divided by it, negative ones multiplied); `frequency_penalty` per occurrence and
+    `presence_penalty` once, taken off what was generated."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def counts_output(self) -> bool:
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a step must know the token before the one it samples: such rows are never one step late."""
+        return self.repetition_penalty != 1 or self.counts_output
+
+
+class Top(Record, frozen=True):
+    """The likeliest tokens of one position, in descending order, under the raw logits."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class Scores(Record, frozen=True):
+    """Log-probabilities of consecutive tokens of a text given what is before each, as little-endian float32; with `k`
+    likeliest tokens for each (int32) and their log-probabilities, row by row."""
+
+    logprobs: bytes
+    k: int = 0
+    top_tokens: bytes = b""
+    top_logprobs: bytes = b""
+
+    def part(self, first: int, count: int) -> Scores:
+        width = 4 * self.k
+        return Scores(
+            self.logprobs[4 * first : 4 * (first + count)],
+            self.k,
+            self.top_tokens[width * first : width * (first + count)],
+            self.top_logprobs[width * first : width * (first + count)],
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -97,21 +149,28 @@ class Event(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
 
 class Arrived(Event, frozen=True):
     """`request` ids are assigned by the caller, strictly increasing. `stop_ids` already contains the eos ids
-    unless the client said ignore_eos. `max_tokens` >= 1."""
+    unless the client said ignore_eos. `max_tokens` >= 1. `num_prompt_top`: the prompt's log-probabilities are wanted,
+    with so many likeliest tokens for each position."""
 
     request: int
     prompt: TokenBytes
     max_tokens: int
     sampling: Sampling = Sampling()
     stop_ids: tuple[int, ...] = ()
+    adjustment: Adjustment | None = None
+    num_prompt_top: int | None = None
 
 
 class StepDone(Event, frozen=True):
-    """`tokens` / `logprobs`: one per emitting row, in the command's row order (empty for migrate and copy)."""
+    """`tokens` / `logprobs`: one per emitting row, in the command's row order (empty for migrate and copy). `tops`: ()
+    when no emitting row asked for any, else one for each of them. `scores`: one per row of a scoring prefill, for the
+    tokens that follow those it computed (arbitrary where that one is not known)."""
 
     step: int
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    tops: tuple[Top | None, ...] = ()
+    scores: tuple[Scores, ...] = ()
 
 
 class StepFailed(Event, frozen=True):
@@ -138,13 +197,16 @@ class Stopped(Event, frozen=True):
 
 
 class Forked(Event, frozen=True):
-    """`child` continues `parent` from its known tokens with its own sampling; it shares the parent's full pages."""
+    """`child` continues the first `known` tokens of `parent` (0: all that are known now) with its own sampling, and
+    shares the parent's full pages. It waits until the parent has KV of all of them, unless the parent ends before."""
 
     parent: int
     child: int
     max_tokens: int  # of the child, counted from the fork
     sampling: Sampling
     stop_ids: tuple[int, ...] = ()
+    adjustment: Adjustment | None = None
+    known: int = 0
 
 
 class ProgramReady(Event, frozen=True):
@@ -215,6 +277,8 @@ class PrefillRow(Record, frozen=True):
     `page_tokens` positions from its first (`buckets.units`); unit `i` is kept on `homes[i]` in page `pages[i]`.
     With `emit`, the last position is `known - 1` and the row samples token `known`. `rope_len`: the length that
     rotary embeddings which depend on one take: the same for all rows of a request, whatever is cached or computed.
+    In a scoring prefill `targets` are the ids of the tokens after those of `tokens` (0 where it is not known), and
+    `num_top` says how many likeliest ones are wanted.
     """
 
     request: int
@@ -226,6 +290,8 @@ class PrefillRow(Record, frozen=True):
     emit: bool
     sampling: Sampling
     rope_len: int = 0
+    targets: TokenBytes = b""
+    num_top: int = 0
 
 
 class RunPrefill(Command, frozen=True):
@@ -233,7 +299,7 @@ class RunPrefill(Command, frozen=True):
 
     `instances` is sorted and holds every instance with context of a row, every home, and every move's ends.
     `moves` re-home context pages while they circulate (ring form only); a moved page leaves its old home when the
-    step is issued: later steps on the device see only the new one.
+    step is issued: later steps on the device see only the new one. `score`: by a scoring program.
     """
 
     step: int
@@ -242,6 +308,11 @@ class RunPrefill(Command, frozen=True):
     form: ContextForm
     rows: tuple[PrefillRow, ...]
     moves: tuple[PageMove, ...] = ()
+    score: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.SCORE if self.score else Phase.PREFILL
 
 
 class DecodeRow(Record, frozen=True):
@@ -316,14 +387,41 @@ class Free(Command, frozen=True):
     instances: tuple[int, ...]
 
 
+class Adjust(Command, frozen=True):
+    """From now on the logits of `request` are adjusted. Once, before its first step: from then on its rows tell the
+    executor what was generated. `prompt` is empty unless the repetition penalty needs it; `num_prompt` its length."""
+
+    request: int
+    adjustment: Adjustment
+    prompt: TokenBytes
+    num_prompt: int
+    stop_ids: tuple[int, ...]
+
+
+class Forget(Command, frozen=True):
+    """No step of an adjusted request will follow."""
+
+    request: int
+
+
 class Emit(Command, frozen=True):
-    """Tokens for the client's stream: generated tokens `[index, index + len(tokens))`."""
+    """Tokens for the client's stream: generated tokens `[index, index + len(tokens))`. `tops`: one for each, where the
+    request asked for them."""
 
     request: int
     index: int
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     dop: int  # instances of the step that sampled them
+    tops: tuple[Top, ...] = ()
+
+
+class EmitScores(Command, frozen=True):
+    """Log-probabilities of the prompt's tokens from `first` on; in order, each once, token 0 never."""
+
+    request: int
+    first: int
+    scores: Scores
 
 
 class Finish(Command, frozen=True):
@@ -353,7 +451,21 @@ class Reset(Command, frozen=True):
 
 
 AnyCommand = (
-    RunPrefill | RunDecode | Migrate | CopyPages | Fork | Truncate | Free | Emit | Finish | Reject | Prepare | Reset
+    RunPrefill
+    | RunDecode
+    | Migrate
+    | CopyPages
+    | Fork
+    | Truncate
+    | Free
+    | Adjust
+    | Forget
+    | Emit
+    | EmitScores
+    | Finish
+    | Reject
+    | Prepare
+    | Reset
 )
 
 StepCommand = RunPrefill | RunDecode | Migrate | CopyPages
@@ -373,7 +485,8 @@ class Resident(Record, frozen=True):
 class RequestView(Record, frozen=True):
     """`missing`: runs of `[0, known)` without KV (for a running decode: nothing but the last known position).
     `device_group`: instances whose devices hold the newest token, or () when the host knows it.
-    `running`: KV of `[0, known - 1)` is complete and it may decode; else it needs prefill of `missing`.
+    `running`: KV of `[0, known - 1)` is complete and it may decode now; else it needs prefill of `missing`, or waits
+    for the host to know its newest token (`in_flight` > 0). `score`: its prefills are scoring ones.
     `in_flight`: steps issued and not done. A prefilling request with in_flight > 0 cannot be planned again."""
 
     request: int
@@ -390,6 +503,11 @@ class RequestView(Record, frozen=True):
     device_group: tuple[int, ...]
     in_flight: int
     num_evictions: int
+    score: bool = False
+
+    @property
+    def prefill_phase(self) -> Phase:
+        return Phase.SCORE if self.score else Phase.PREFILL
 
 
 class InstanceView(Record, frozen=True):
@@ -437,13 +555,14 @@ class Rehome(Record, frozen=True):
 
 
 class PlannedPrefill(Record, frozen=True):
-    """`keep` covers the batch's units in order (the sum of pages is the number of units)."""
+    """`keep` covers the batch's units in order (the sum of pages is the number of units). `score`: as all its rows."""
 
     instances: tuple[int, ...]
     form: ContextForm
     rows: tuple[PlannedPrefillRow, ...]
     keep: tuple[Share, ...]
     rehome: tuple[Rehome, ...] = ()
+    score: bool = False
 
 
 class PlannedDecodeRow(Record, frozen=True):

@@ -26,6 +26,7 @@ from serving import flags, launch
 from serving.client import LoongClient, chat_messages, generate_request
 from serving.engine import EngineConfig
 from serving.launch import EngineLost, LaunchConfig
+from serving.printer import Printer
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.server import PortTaken, ServerConfig
 from serving.tokenizer import TokenizerError
@@ -183,6 +184,15 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens. Absent: from all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this much probability. Absent: from all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable. Absent: drawn by the server.")] = None,
+    min_p: flags.MinP = None,
+    presence_penalty: flags.PresencePenalty = None,
+    frequency_penalty: flags.FrequencyPenalty = None,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    logit_bias: flags.LogitBias = None,
+    n: flags.NumChoices = None,
+    top_logprobs: flags.TopLogprobs = None,
+    prompt_logprobs: flags.PromptLogprobs = None,
+    min_tokens: flags.MinTokens = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
@@ -190,19 +200,8 @@ def generate(
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids, not text.")] = False,
 ) -> None:
     """Send one prompt to a server and print the answer as it comes; a summary goes to standard error."""
-    given = [value for value in (prompt, prompt_file, token_ids, chat) if value is not None]
-    if len(given) != 1:
-        _fail("give exactly one of --prompt, --prompt-file, --token-ids and --chat", code=2)
-    if system is not None and chat is None:
-        _fail("--system goes with --chat", code=2)
+    content = _content(prompt, prompt_file, token_ids, chat, system)
     with _told_errors():
-        content: str | tuple[int, ...] | pb.Messages
-        if token_ids is not None:
-            content = flags.numbers("token-ids", token_ids)
-        elif chat is not None:
-            content = chat_messages(chat, system)
-        else:
-            content = prompt if prompt is not None else _read(prompt_file)
         request = generate_request(
             content,
             max_tokens=max_tokens,
@@ -210,6 +209,15 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            min_p=min_p,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            repetition_penalty=repetition_penalty,
+            logit_bias=flags.biases(logit_bias or ()),
+            n=n,
+            top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
+            min_tokens=min_tokens,
             stop=stop or (),
             stop_token_ids=stop_token_id or (),
             ignore_eos=ignore_eos,
@@ -217,17 +225,34 @@ def generate(
         asyncio.run(_print_answer(address, request, timeout_s, ids))
 
 
+def _content(
+    prompt: str | None, prompt_file: Path | None, token_ids: str | None, chat: str | None, system: str | None
+) -> str | tuple[int, ...] | pb.Messages:
+    given = [value for value in (prompt, prompt_file, token_ids, chat) if value is not None]
+    if len(given) != 1:
+        _fail("give exactly one of --prompt, --prompt-file, --token-ids and --chat", code=2)
+    if system is not None and chat is None:
+        _fail("--system goes with --chat", code=2)
+    with _told_errors():
+        if token_ids is not None:
+            return flags.numbers("token-ids", token_ids)
+        if chat is not None:
+            return chat_messages(chat, system)
+        return prompt if prompt is not None else _read(prompt_file)
+
+
 async def _print_answer(address: str, request: pb.GenerateRequest, timeout_s: float | None, ids: bool) -> None:
+    """Choice by choice: the first as it comes, the others when those before them are whole."""
     start_s = time.monotonic()
     first_s = 0.0
+    printer = Printer(request.n or 1, ids=ids, tops=request.sampling.HasField("top_logprobs"))
     async with LoongClient(address) as client:
         async for response in client.responses(request, timeout_s):
             if response.WhichOneof("event") == "tokens":
                 first_s = first_s or time.monotonic() - start_s
-                tokens = response.tokens
-                print("".join(f"{i} " for i in tokens.token_ids) if ids else tokens.text, end="", flush=True)
-            else:
-                print()
+            for line in printer.take(response):
+                print(line, end="", flush=True)
+            if response.WhichOneof("event") == "finished":
                 print(_summary(response.finished, first_s, time.monotonic() - start_s), file=sys.stderr)
 
 
@@ -238,7 +263,8 @@ def _summary(finished: pb.Finished, first_s: float, total_s: float) -> str:
         for run in finished.dop_history
     )
     usage = f"{finished.usage.prompt_tokens} + {finished.usage.completion_tokens} tokens"
-    return f"[{reason}; {usage}; first after {first_s:.2f} s, all after {total_s:.2f} s; {runs}]"
+    choice = f"choice {finished.choice}: " if finished.choice else ""
+    return f"[{choice}{reason}; {usage}; first after {first_s:.2f} s, all after {total_s:.2f} s; {runs}]"
 
 
 # ----------------------------------------------------------------------------------------------------------- details

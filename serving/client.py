@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
 import msgspec
@@ -18,12 +19,14 @@ from serving.proto.loong.v1 import loong_pb2_grpc
 
 
 class Generation(msgspec.Struct):
-    """A whole answer."""
+    """A whole answer. `top_logprobs`: one for each token, `prompt_logprobs`: in order, where they were asked for."""
 
     token_ids: list[int]
     logprobs: list[float]
     text: str
     finished: pb.Finished
+    top_logprobs: list[pb.TopLogprobs]
+    prompt_logprobs: list[pb.PromptLogprobs]
 
 
 def generate_request(
@@ -34,13 +37,34 @@ def generate_request(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    min_p: float | None = None,
+    min_tokens: int | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    top_logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    n: int | None = None,
     stop: Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     request_id: str | None = None,
 ) -> pb.GenerateRequest:
     """The request message; what is None is left to the server's default."""
-    sampling = pb.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = pb.SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        min_p=min_p,
+        min_tokens=min_tokens,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logit_bias=logit_bias,
+        top_logprobs=top_logprobs,
+    )
     return pb.GenerateRequest(
         text=prompt if isinstance(prompt, str) else None,
         token_ids=None if isinstance(prompt, str | pb.Messages) else pb.TokenIds(ids=prompt),
@@ -51,6 +75,8 @@ def generate_request(
         stop=stop,
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
+        n=n,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -93,16 +119,26 @@ class LoongClient:
             call.cancel()
 
     async def generate(self, request: pb.GenerateRequest, timeout_s: float | None = None) -> Generation:
-        """The whole answer."""
-        generation = Generation([], [], "", pb.Finished())
+        """The whole answer; of several choices, the first."""
+        return (await self.generate_choices(request, timeout_s))[0]
+
+    async def generate_choices(self, request: pb.GenerateRequest, timeout_s: float | None = None) -> list[Generation]:
+        """All choices of the answer, in their order."""
+        # Not as many as were asked for: that number may be what the server refuses.
+        answers = defaultdict[int, Generation](lambda: Generation([], [], "", pb.Finished(), [], []))
         async for response in self.responses(request, timeout_s):
-            if response.WhichOneof("event") == "tokens":
-                generation.token_ids += response.tokens.token_ids
-                generation.logprobs += response.tokens.logprobs
-                generation.text += response.tokens.text
-            else:
-                generation.finished = response.finished
-        return generation
+            match response.WhichOneof("event"):
+                case "tokens":
+                    answer, tokens = answers[response.tokens.choice], response.tokens
+                    answer.token_ids += tokens.token_ids
+                    answer.logprobs += tokens.logprobs
+                    answer.text += tokens.text
+                    answer.top_logprobs += tokens.top_logprobs
+                case "prompt_logprobs":
+                    answers[0].prompt_logprobs.append(response.prompt_logprobs)
+                case _:
+                    answers[response.finished.choice].finished = response.finished
+        return [answers[choice] for choice in sorted(answers)]
 
     async def abort(self, request_id: str) -> None:
         await self.stub.Abort(pb.AbortRequest(request_id=request_id))

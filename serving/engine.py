@@ -22,6 +22,7 @@ from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
 from loong_jax.types import AnyCommand, AnyEvent, Phase, Program, ProgramReady
 from serving.loop import EngineLoop, ExecutorLike
+from serving.sampling_params import SamplingLimits
 from serving.state import EngineState
 from serving.validation import ValidationLimits
 
@@ -146,7 +147,12 @@ def kv_token_bytes(model: ModelConfig) -> int:
 
 def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationLimits:
     return ValidationLimits(
-        vocab_size=model.vocab_size,
+        sampling=SamplingLimits(
+            model.vocab_size,
+            adjust_tokens=cluster.adjust_tokens,
+            max_top=min(cluster.max_top, model.vocab_size),
+        ),
+        scores_prompts=bool(cluster.ladder.score_tokens),
         max_position=model.max_position,
         pool_tokens=cluster.pool_tokens,
         eos_ids=model.eos_ids,

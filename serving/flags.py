@@ -1,10 +1,11 @@
-"""The flags of `loong serve` and `loong worker`: help, units, and how their values become configurations.
+"""The flags of the commands: help, units, and how their values become configurations.
 
 What it is not: the commands (`serving/cli.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -61,8 +62,34 @@ Leader = Annotated[str, typer.Option(help="HOST:PORT of the leader's --control."
 ProcessId = Annotated[int, typer.Option(min=1, help="Number of this process, from 1.")]
 
 
+# Of `loong generate`
+NumChoices = Annotated[
+    int | None, typer.Option("--n", help="Answers to the prompt, 1 to 64; several need a temperature. Absent: 1.")
+]
+MinP = Annotated[
+    float | None, typer.Option(help="Sample from tokens with this share of the largest probability. Absent: all.")
+]
+MinTokens = Annotated[int | None, typer.Option(help="No end before so many tokens. Absent: 0.")]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Against tokens that were generated, -2 to 2. Absent: none.")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="The same for each time they were generated. Absent: none.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Against tokens of prompt and answer, 0.1 to 10. Absent: 1, none.")
+]
+LogitBias = Annotated[
+    list[str] | None, typer.Option(help="TOKEN=BIAS, as in 17=-100: added to its logit; may be repeated.")
+]
+TopLogprobs = Annotated[
+    int | None, typer.Option(help="Print each token with so many of the likeliest, 0 to 20. Absent: not.")
+]
+PromptLogprobs = Annotated[int | None, typer.Option(help="Print the prompt's tokens in the same way. Absent: not.")]
+
+
 # An executable takes hundreds of memory mappings on CPU, and a process gets 65,530 by default.
-CPU_LADDER = LadderConfig(prefill_tokens=(512,), decode_rows=(8,))
+CPU_LADDER = LadderConfig(prefill_tokens=(512,), decode_rows=(8,), score_tokens=(512,))
 
 
 def cluster_config(
@@ -87,9 +114,12 @@ def cluster_config(
         "decode_rows": ("decode-buckets", decode_buckets),
         "dops": ("dops", dops),
     }
-    ladder = msgspec.structs.replace(
-        ladder, **{field: numbers(flag, text) for field, (flag, text) in given.items() if text != "auto"}
-    )
+    sizes = {field: numbers(flag, text) for field, (flag, text) in given.items() if text != "auto"}
+    if "prefill_tokens" in sizes:
+        prefill_tokens = sizes["prefill_tokens"]
+        most = ladder.score_tokens[-1]
+        sizes["score_tokens"] = (max((b for b in prefill_tokens if b <= most), default=min(prefill_tokens)),)
+    ladder = msgspec.structs.replace(ladder, **sizes)
     return ClusterConfig(
         num_instances=instances,
         tp=tp,
@@ -120,6 +150,15 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{flag}: {text!r} is no list of integers such as 1,2,4") from None
+
+
+def biases(texts: Sequence[str]) -> dict[int, float]:
+    """["17=-100"] -> {17: -100.0}. Raises ConfigError."""
+    try:
+        pairs = [text.split("=") for text in texts]
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError:
+        raise ConfigError(f"logit-bias: {' '.join(texts)!r} is not made of pairs such as 17=-100") from None
 
 
 def one_of(flag: str, value: str, *allowed: str) -> str:

@@ -14,18 +14,21 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 from loong_jax.types import (
     Aborted,
+    Adjustment,
     AnyCommand,
     AnyEvent,
     Arrived,
     Drain,
     Emit,
+    EmitScores,
     Finish,
+    Forked,
     Program,
     Reject,
     RunPrefill,
@@ -76,7 +79,7 @@ class Crashed(NamedTuple):
     message: str
 
 
-SinkItem = Emit | Finish | Reject | Prefilled | Crashed
+SinkItem = Emit | EmitScores | Finish | Reject | Prefilled | Crashed
 
 
 class Sink(Protocol):
@@ -86,8 +89,14 @@ class Sink(Protocol):
 
 
 class _Arrival(NamedTuple):
-    event: Arrived
-    sink: Sink
+    """A request and the other choices of it: handled one after the other, with no event between them."""
+
+    events: tuple[Arrived | Forked, ...]
+    sinks: tuple[Sink, ...]
+
+    @property
+    def numbers(self) -> list[int]:
+        return [event.request if isinstance(event, Arrived) else event.child for event in self.events]
 
 
 class _Question(NamedTuple):
@@ -174,16 +183,32 @@ class EngineLoop:
         instance under way."""
         self._inbox.put(event)
 
-    def arrive(self, prompt: bytes, max_tokens: int, sampling: Sampling, stop_ids: tuple[int, ...], sink: Sink) -> int:
-        """Hand in a request and return its number. Raises a Refusal."""
+    def arrive(
+        self,
+        prompt: bytes,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...],
+        sink: Sink,
+        *,
+        adjustment: Adjustment | None = None,
+        num_prompt_top: int | None = None,
+        choices: Sequence[tuple[Sampling, Sink]] = (),
+    ) -> int:
+        """Hand in a request and return its number; `choices` are further answers to its prompt, which have the numbers
+        that follow. Raises a Refusal."""
         with self._lock:
             self._check_alive()
             if self._inbox.qsize() >= self._max_inbox:
                 raise QueueFull(f"the engine has {self._max_inbox} events to handle")
             request = self._next_request
-            self._next_request += 1
-            event = Arrived(request, prompt, max_tokens, sampling, stop_ids)
-            self._inbox.put(_Arrival(event, sink))
+            self._next_request += 1 + len(choices)
+            arrived = Arrived(request, prompt, max_tokens, sampling, stop_ids, adjustment, num_prompt_top)
+            forks = tuple(
+                Forked(request, child, max_tokens, choice, stop_ids, adjustment, len(prompt) // 4)
+                for child, (choice, _) in enumerate(choices, request + 1)
+            )
+            self._inbox.put(_Arrival((arrived, *forks), (sink, *(sink for _, sink in choices))))
             return request
 
     def abort(self, request: int) -> None:
@@ -242,18 +267,23 @@ class EngineLoop:
                 self._answer(item.answer, now_us)
                 continue
             if type(item) is _Arrival:
-                item, sink = item
-                self._sinks[item.request] = sink
-            self._state.saw_event(item, now_us)
-            commands = self._handle(item, now_us)
-            for command in commands:
-                self._perform(command, now_us)
-            self._outbox.flush()
-            if self._event_log is not None:
-                self._event_log.write(now_us, item, commands)
+                self._sinks.update(zip(item.numbers, item.sinks, strict=True))
+                for event in item.events:
+                    self._take(event, now_us)
+            else:
+                self._take(item, now_us)
             if not self._ready_told and self._state.ready:
                 self._ready_told = True
                 self._on_ready()
+
+    def _take(self, event: AnyEvent, now_us: int) -> None:
+        self._state.saw_event(event, now_us)
+        commands = self._handle(event, now_us)
+        for command in commands:
+            self._perform(command, now_us)
+        self._outbox.flush()
+        if self._event_log is not None:
+            self._event_log.write(now_us, event, commands)
 
     def _handle(self, event: AnyEvent, now_us: int) -> list[AnyCommand]:
         try:
@@ -281,7 +311,7 @@ class EngineLoop:
             answer.set_exception(error)
 
     def _perform(self, command: AnyCommand, now_us: int) -> None:
-        if isinstance(command, Emit):
+        if isinstance(command, Emit | EmitScores):
             sink = self._sinks.get(command.request)
         elif isinstance(command, Finish | Reject):
             sink = self._sinks.pop(command.request, None)
@@ -313,7 +343,7 @@ class EngineLoop:
             except queue.Empty:
                 break
             if type(item) is _Arrival:
-                self._sinks[item.event.request] = item.sink
+                self._sinks.update(zip(item.numbers, item.sinks, strict=True))
             elif type(item) is _Question and item.answer.set_running_or_notify_cancel():
                 item.answer.set_exception(EngineFailed(message))
         for sink in self._sinks.values():

@@ -11,6 +11,7 @@ import contextlib
 import random
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -22,16 +23,10 @@ from serving.errors import DuplicateRequest, NotServing, UnknownRequest, answeri
 from serving.loop import EngineLoop
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.proto.loong.v1 import loong_pb2_grpc
+from serving.sampling_params import MAX_SEED
 from serving.stream import RequestStream, StreamStart
 from serving.tokenizer import Tokenizer
-from serving.validation import (
-    MAX_SEED,
-    Ask,
-    ValidationLimits,
-    check_interval_ms,
-    check_prompt,
-    check_request,
-)
+from serving.validation import Ask, ValidationLimits, check_interval_ms, check_prompt, check_request
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Loong"].full_name
 
@@ -57,7 +52,7 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         self._loop = loop
         self._tokenizer = tokenizer
         self._limits = limits
-        self._running: dict[str, int] = {}  # request_id -> number in the engine, -1 before it has one
+        self._running: dict[str, range] = {}  # request_id -> numbers of its choices in the engine, none at first
         self._seeds = random.SystemRandom()
         # Encoding a long text takes long enough to be noticed by other streams.
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="loong-encode")
@@ -82,7 +77,7 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         request_id = ask.request_id or uuid.uuid4().hex
         if request_id in self._running:
             raise DuplicateRequest(f"request_id: {request_id!r} is running")
-        self._running[request_id] = -1
+        self._running[request_id] = range(0)
         try:
             await self._generate(request, ask, request_id, context)
         finally:
@@ -92,30 +87,71 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         self, request: pb.GenerateRequest, ask: Ask, request_id: str, context: grpc.aio.ServicerContext
     ) -> None:
         token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self._encode(request)
-        prompt, max_tokens = check_prompt(token_ids, ask, self._limits)
-        sampling = ask.sampling
-        if not ask.seed_given:
-            sampling = msgspec.structs.replace(sampling, seed=self._seeds.randint(0, MAX_SEED))
-        stream = RequestStream(
-            StreamStart(request_id, ask.prompt_field, len(token_ids), sampling.seed, ask.stop_ids),
-            self._tokenizer.detokenizer(token_ids) if self._tokenizer is not None else None,
-            ask.stop,
+        prompt, max_tokens = check_prompt(token_ids, request, ask, self._limits)
+        streams = self._streams(ask, request_id, token_ids)
+        first, *others = streams
+        number = self._loop.arrive(
+            prompt,
+            max_tokens,
+            msgspec.structs.replace(ask.sampling, seed=first.seed),
+            ask.stop_ids,
+            first,
+            adjustment=ask.adjustment,
+            num_prompt_top=ask.num_prompt_top,
+            choices=[(msgspec.structs.replace(ask.sampling, seed=stream.seed), stream) for stream in others],
         )
-        number = self._loop.arrive(prompt, max_tokens, sampling, ask.stop_ids, stream)
-        self._running[request_id] = number
+        self._running[request_id] = range(number, number + len(streams))
         try:
             await context.send_initial_metadata((("request-id", request_id),))
+            await self._write_all(number, streams, context)
+        finally:
+            # Cancelled, or the connection is gone: the engine frees its pages with the next event it handles. After
+            # `stop_at` it has no effect.
+            for choice, stream in enumerate(streams, number):
+                if not stream.engine_done:
+                    self._loop.abort(choice)
+
+    def _streams(self, ask: Ask, request_id: str, token_ids: Sequence[int]) -> list[RequestStream]:
+        """A stream for each choice, with a seed of its own."""
+        seed = ask.sampling.seed if ask.seed_given else self._seeds.randint(0, MAX_SEED)
+        return [
+            RequestStream(
+                StreamStart(
+                    request_id,
+                    ask.prompt_field,
+                    len(token_ids),
+                    (seed + choice) % (MAX_SEED + 1),
+                    ask.stop_ids,
+                    choice,
+                    ask.min_tokens,
+                ),
+                self._tokenizer.detokenizer(token_ids) if self._tokenizer is not None else None,
+                ask.stop,
+            )
+            for choice in range(ask.num_choices)
+        ]
+
+    async def _write_all(self, number: int, streams: list[RequestStream], context: grpc.aio.ServicerContext) -> None:
+        """Write what the streams give, each in its order, until all are finished; the first refusal ends them all."""
+        writing = asyncio.Lock()
+
+        async def write(number: int, stream: RequestStream) -> None:
             while not stream.finished:
                 messages = await stream.messages()
                 if stream.stop_found and not stream.engine_done:
                     self._loop.stop_at(number, stream.num_tokens)
-                for message in messages:
-                    await context.write(message)
+                async with writing:
+                    for message in messages:
+                        await context.write(message)
+
+        if len(streams) == 1:
+            return await write(number, streams[0])
+        tasks = [asyncio.create_task(write(choice, stream)) for choice, stream in enumerate(streams, number)]
+        try:
+            await asyncio.gather(*tasks)
         finally:
-            # Cancelled, or the connection is gone: the engine frees its pages with the next event it handles. After
-            # `stop_at` it has no effect.
-            if not stream.engine_done:
-                self._loop.abort(number)
+            for task in tasks:
+                task.cancel()
 
     async def _encode(self, request: pb.GenerateRequest) -> list[int]:
         assert self._tokenizer is not None, "check_request refuses text without a tokenizer"
@@ -128,10 +164,11 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
 
     @answering
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
-        number = self._running.get(request.request_id, -1)
-        if number < 0:
+        numbers = self._running.get(request.request_id, range(0))
+        if not numbers:
             raise UnknownRequest(f"request_id: {request.request_id[:200]!r} is not running")
-        self._loop.abort(number)
+        for number in numbers:
+            self._loop.abort(number)
         return pb.AbortResponse()
 
     @answering

@@ -16,6 +16,8 @@ from loong_jax.types import (
     Drain,
     Emit,
     Finish,
+    Fork,
+    Forked,
     Migrate,
     Program,
     ProgramReady,
@@ -88,6 +90,8 @@ class EngineState:
             self._step_over(event.step, now_us)
         elif isinstance(event, Arrived):
             self._waiting.add(event.request)
+        elif isinstance(event, Forked):
+            self._waiting.add(event.child)
         elif isinstance(event, ProgramReady):
             self._num_programs += 1
             if self._missing:
@@ -109,6 +113,8 @@ class EngineState:
             self._saw_prefill(command, now_us)
         elif isinstance(command, Migrate):
             self._counters.kv_bytes_migrated += self._kv_token_bytes * sum(move.run.count for move in command.moves)
+        elif isinstance(command, Fork):  # it may never be prefilled
+            self._waiting.discard(command.child)
         elif isinstance(command, Finish | Reject):
             self._waiting.discard(command.request)
             self._group_of.pop(command.request, None)

@@ -8,11 +8,12 @@ What it is not: the RPC itself (`serving/server.py`).
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 
 import msgspec
 
-from loong_jax.types import Emit, Finish, FinishReason, Reject
+from loong_jax.types import Emit, EmitScores, Finish, FinishReason, Reject
 from serving.errors import EngineFailed, rejected
 from serving.loop import Crashed, Prefilled, SinkItem
 from serving.proto.loong.v1 import loong_pb2 as pb
@@ -26,13 +27,15 @@ _REASONS: dict[FinishReason, pb.FinishReason] = {
 
 
 class StreamStart(msgspec.Struct, frozen=True):
-    """What a stream knows before the first token."""
+    """What a stream knows before the first token. Stop strings are looked for after `min_tokens` tokens."""
 
     request_id: str
     prompt_field: str
     num_prompt_tokens: int
     seed: int
     stop_ids: tuple[int, ...]
+    choice: int = 0
+    min_tokens: int = 0
 
 
 class DopHistory:
@@ -64,7 +67,7 @@ class DopHistory:
 
 
 class RequestStream:
-    """Sink of one request; `messages()` gives its next messages."""
+    """Sink of one choice of a request; `messages()` gives its next messages."""
 
     def __init__(self, start: StreamStart, detokenizer: Detokenizer | None, stop: Sequence[str]) -> None:
         self._start = start
@@ -82,6 +85,10 @@ class RequestStream:
         """The last message has been given."""
 
     @property
+    def seed(self) -> int:
+        return self._start.seed
+
+    @property
     def num_tokens(self) -> int:
         """Generated tokens kept so far."""
         return self._num_tokens
@@ -93,7 +100,7 @@ class RequestStream:
 
     def put(self, item: SinkItem, now_us: int) -> None:
         self._items.append((item, now_us))
-        if type(item) is not Emit and type(item) is not Prefilled:
+        if type(item) is not Emit and isinstance(item, Finish | Reject | Crashed):
             self.engine_done = True
         self._arrived.set()
 
@@ -102,7 +109,8 @@ class RequestStream:
         await self._arrived.wait()
         self._arrived.clear()
         items, self._items = self._items, []
-        tokens = pb.Tokens()
+        tokens = pb.Tokens(choice=self._start.choice)
+        scores: list[pb.GenerateResponse] = []
         last: Finish | None = None
         for item, now_us in items:
             if isinstance(item, Emit):
@@ -111,13 +119,15 @@ class RequestStream:
                     break
             elif isinstance(item, Prefilled):
                 self._history.prefilled(item, now_us)
+            elif isinstance(item, EmitScores):
+                scores.append(pb.GenerateResponse(prompt_logprobs=_prompt_logprobs(item)))
             elif isinstance(item, Reject):
                 raise rejected(item.reason, item.message, self._start.prompt_field)
             elif isinstance(item, Crashed):
                 raise EngineFailed(item.message)
             else:
                 last = item
-        return self._close(tokens, last)
+        return scores + self._close(tokens, last)
 
     def _take(self, emit: Emit, tokens: pb.Tokens, now_us: int) -> None:
         assert emit.index == self._num_tokens, f"tokens from {emit.index} after {self._num_tokens}"
@@ -125,10 +135,17 @@ class RequestStream:
         for token, logprob in zip(emit.tokens, emit.logprobs, strict=True):
             tokens.token_ids.append(token)
             tokens.logprobs.append(logprob)
+            if emit.tops:
+                top = emit.tops[self._num_tokens - first]
+                tokens.top_logprobs.add(token_ids=top.tokens, logprobs=top.logprobs)
             self._num_tokens += 1
             if self._detokenizer is None or token in self._stop_ids:
                 continue
-            piece = self._stop_finder.step(self._detokenizer.step(token))
+            text = self._detokenizer.step(token)
+            if self._num_tokens <= self._start.min_tokens:
+                pieces.append(text)
+                continue
+            piece = self._stop_finder.step(text)
             pieces.append(piece.text)
             if piece.matched is not None:
                 self._matched = piece.matched
@@ -161,4 +178,16 @@ class RequestStream:
             request_id=self._start.request_id,
             seed=self._start.seed,
             matched_stop=self._matched,
+            choice=self._start.choice,
         )
+
+
+def _prompt_logprobs(item: EmitScores) -> pb.PromptLogprobs:
+    scores = item.scores
+    return pb.PromptLogprobs(
+        first=item.first,
+        logprobs=array("f", scores.logprobs),
+        num_top=scores.k,
+        top_token_ids=array("i", scores.top_tokens),
+        top_logprobs=array("f", scores.top_logprobs),
+    )

@@ -5,25 +5,24 @@ What it is not: admission. Whether there is room now is the manager's affair (`R
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
-from loong_jax.types import Sampling
+from loong_jax.types import Adjustment, Sampling
 from serving.errors import InvalidField
 from serving.proto.loong.v1 import loong_pb2 as pb
-
-MAX_SEED = 2**32 - 1
+from serving.sampling_params import SamplingLimits, check_adjustment, check_lengths, check_sampling
 
 
 class ValidationLimits(msgspec.Struct, frozen=True):
-    """Bounds of a request. The first three come from the model and the pool, the others are the operator's."""
+    """Bounds of a request. The first ones come from the model and the engine, the others are the operator's."""
 
-    vocab_size: int
+    sampling: SamplingLimits
     max_position: int
     pool_tokens: int
+    scores_prompts: bool = True
     eos_ids: tuple[int, ...] = ()
     default_max_tokens: int = 256
     max_text_bytes: int = 32 * 1024 * 1024
@@ -33,8 +32,11 @@ class ValidationLimits(msgspec.Struct, frozen=True):
     max_stop_chars: int = 256
     max_stop_ids: int = 64
     max_request_id_chars: int = 128
-    min_temperature: float = 0.01  # below, logits / temperature leaves float32 on the way to greedy
-    max_temperature: float = 100.0
+    max_choices: int = 64
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sampling.vocab_size
 
     @property
     def max_context_tokens(self) -> int:
@@ -52,6 +54,10 @@ class Ask(msgspec.Struct, frozen=True):
     max_tokens: int | None
     stop_ids: tuple[int, ...]
     stop: tuple[str, ...]
+    num_choices: int
+    adjustment: Adjustment | None
+    num_prompt_top: int | None
+    min_tokens: int
 
 
 def check_request(
@@ -65,7 +71,8 @@ def check_request(
         _check_text(request.text, limits, has_tokenizer)
     if field == "messages":
         _check_messages(request.messages.messages, limits, has_tokenizer, has_chat_template)
-    sampling = _check_sampling(request.sampling, limits)
+    sampling = check_sampling(request.sampling, limits.sampling)
+    stop_ids = _check_stop_ids(request, limits)
     if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limits.max_context_tokens:
         raise InvalidField("max_tokens", f"{request.max_tokens} is not within 1 to {limits.max_context_tokens}")
     return Ask(
@@ -74,12 +81,18 @@ def check_request(
         sampling=sampling,
         seed_given=request.sampling.HasField("seed"),
         max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
-        stop_ids=_check_stop_ids(request, limits),
+        stop_ids=stop_ids,
         stop=_check_stop(request.stop, limits, has_tokenizer),
+        num_choices=_check_choices(request, sampling, limits),
+        adjustment=check_adjustment(request.sampling, stop_ids, limits.sampling),
+        num_prompt_top=_check_prompt_logprobs(request, limits),
+        min_tokens=request.sampling.min_tokens,
     )
 
 
-def check_prompt(token_ids: Sequence[int], ask: Ask, limits: ValidationLimits) -> tuple[bytes, int]:
+def check_prompt(
+    token_ids: Sequence[int], request: pb.GenerateRequest, ask: Ask, limits: ValidationLimits
+) -> tuple[bytes, int]:
     """The prompt as TokenBytes, and the most tokens to generate. Raises InvalidField."""
     num_tokens = len(token_ids)
     if num_tokens == 0:
@@ -109,6 +122,7 @@ def check_prompt(token_ids: Sequence[int], ask: Ask, limits: ValidationLimits) -
             "max_tokens",
             f"{max_tokens} after a prompt of {num_tokens} tokens exceeds the context of {limits.max_context_tokens}",
         )
+    check_lengths(request.sampling, ask.adjustment, ask.stop_ids, max_tokens, limits.sampling)
     return tokens.astype("<i4").tobytes(), max_tokens
 
 
@@ -150,29 +164,23 @@ def _check_messages(
         raise InvalidField("messages", f"longer than {limits.max_text_bytes} bytes")
 
 
-def _check_sampling(params: pb.SamplingParams, limits: ValidationLimits) -> Sampling:
-    temperature = params.temperature if params.HasField("temperature") else 0.0
-    top_k = params.top_k if params.HasField("top_k") else 0
-    top_p = params.top_p if params.HasField("top_p") else 1.0
-    seed = params.seed if params.HasField("seed") else 0
-    if not math.isfinite(temperature) or temperature < 0 or temperature > limits.max_temperature:
-        raise InvalidField("sampling.temperature", f"{temperature} is not within 0 to {limits.max_temperature:g}")
-    # The wire has float32: 0.01 arrives as 0.0099999998.
-    if 0 < temperature < limits.min_temperature * (1 - 1e-6):
-        raise InvalidField(
-            "sampling.temperature", f"{temperature} is below {limits.min_temperature:g}; 0 means greedy sampling"
-        )
-    if not 0 <= top_k <= limits.vocab_size:
-        raise InvalidField("sampling.top_k", f"{top_k} is not within 0 (all) to the vocabulary of {limits.vocab_size}")
-    if not 0 < top_p <= 1:
-        raise InvalidField("sampling.top_p", f"{top_p} is not above 0 and at most 1")
-    if not 0 <= seed <= MAX_SEED:
-        raise InvalidField("sampling.seed", f"{seed} is not within 0 to {MAX_SEED}")
-    if temperature == 0 and top_k > 1:
-        raise InvalidField("sampling.top_k", f"{top_k} contradicts greedy sampling (sampling.temperature is 0)")
-    if temperature == 0 and top_p < 1:
-        raise InvalidField("sampling.top_p", f"{top_p:g} contradicts greedy sampling (sampling.temperature is 0)")
-    return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+def _check_choices(request: pb.GenerateRequest, sampling: Sampling, limits: ValidationLimits) -> int:
+    num_choices = request.n if request.HasField("n") else 1
+    if not 1 <= num_choices <= limits.max_choices:
+        raise InvalidField("n", f"{num_choices} is not within 1 to {limits.max_choices}")
+    if num_choices > 1 and sampling.temperature == 0:
+        raise InvalidField("n", f"{num_choices} choices contradict greedy sampling (sampling.temperature is 0)")
+    return num_choices
+
+
+def _check_prompt_logprobs(request: pb.GenerateRequest, limits: ValidationLimits) -> int | None:
+    if not request.HasField("prompt_logprobs"):
+        return None
+    if not 0 <= request.prompt_logprobs <= limits.sampling.max_top:
+        raise InvalidField("prompt_logprobs", f"{request.prompt_logprobs} is not within 0 to {limits.sampling.max_top}")
+    if not limits.scores_prompts:
+        raise InvalidField("prompt_logprobs", "this server has no programs that score prompts")
+    return request.prompt_logprobs
 
 
 def _check_request_id(request: pb.GenerateRequest, limits: ValidationLimits) -> str:

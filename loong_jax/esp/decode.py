@@ -17,11 +17,11 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from loong_jax.config import ModelConfig
-from loong_jax.esp.layout import OWN_FIELDS, StepShape, bits_to_float, decode_layout, float_to_bits
+from loong_jax.esp.layout import OWN_FIELDS, StepShape, adjust_layout, decode_layout
 from loong_jax.esp.prefill import exchange
+from loong_jax.esp.sampled import sampled_rows
 from loong_jax.kv_pool import InstanceState, apply_deltas
 from loong_jax.model.decoder import Attend, decode_stack, layer_window, logits
-from loong_jax.model.sampling import sample
 from pallas_kernels.paged_partial import paged_partial
 from pallas_kernels.partial import Partial, merge, merge_many
 from pallas_kernels.storage import write_slots
@@ -67,9 +67,17 @@ def decode_attention(
     return attend
 
 
-def decode_step(params, state: InstanceState[jax.Array], packed: jax.Array, *, model: ModelConfig, shape: StepShape):
+def decode_step(
+    params,
+    state: InstanceState[jax.Array],
+    packed: jax.Array,
+    adjust: jax.Array,
+    *,
+    model: ModelConfig,
+    shape: StepShape,
+):
     """One token for each row. Local arguments of one device, as in `prefill_step`. Returns the state and
-    `[dop * rows, 2]` of (token, log-probability bits) in rank order, the same on every rank."""
+    `[dop * rows, sampled_size]` (`sampled.py`) in rank order, the same on every rank."""
     fields = decode_layout(shape).unpack(packed)
     own = {name: fields["own"][:, column] for column, name in enumerate(OWN_FIELDS)}
     every = Rows(fields["every"][:, 1], fields["ranges"][:, 0], fields["ranges"][:, 1])
@@ -80,15 +88,8 @@ def decode_step(params, state: InstanceState[jax.Array], packed: jax.Array, *, m
     attend = decode_attention(own, every, table, model, shape)
     rope_len = own["rope_len"] if model.rope_by_length else None
     hidden, kv = decode_stack(params, model, token, position, attend, state.kv, rope_len=rope_len, tp_axis="tp")
-    token, logprob = sample(
-        logits(params, model, hidden, tp_axis="tp"),
-        bits_to_float(own["temperature"]),
-        own["top_k"],
-        bits_to_float(own["top_p"]),
-        own["seed"].astype(jnp.uint32),
-        position + 1,
-    )
-    sampled = jnp.stack([token, float_to_bits(logprob)], axis=1)
+    adjustment = adjust_layout(shape, shape.bucket).unpack(adjust)
+    sampled = sampled_rows(logits(params, model, hidden, tp_axis="tp"), own, adjustment, position + 1, shape)
     if shape.dop > 1:
         sampled = lax.all_gather(sampled, "sp", tiled=True)
     tokens = state.tokens.at[fields["every"][:, 0]].set(sampled[:, 0], mode="drop")

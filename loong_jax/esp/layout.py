@@ -58,15 +58,25 @@ class StepShape(NamedTuple):
     prefill_rows: int
     num_deltas: int  # page-table updates one step can carry
     platform: str  # what it is compiled for, which need not be at hand
+    scores: bool  # a prefill that gives log-probabilities of what it computes
+    vocab_size: int
+    num_adjust: int  # tokens of one row whose logits may be changed one by one
+    num_top: int  # likeliest tokens reported for a row
 
     @property
     def num_units(self) -> int:
         """Units per instance of a prefill step."""
         return self.bucket // self.page_tokens
 
+    @property
+    def sampled_size(self) -> int:
+        """Integers that a step gives for a row: token, log-probability bits, likeliest tokens, their bits."""
+        return 2 + 2 * self.num_top
 
-def step_shape(program: Program, cluster: ClusterConfig, platform: str) -> StepShape:
-    per_step = program.bucket // cluster.page_tokens if program.phase is Phase.PREFILL else program.bucket
+
+def step_shape(program: Program, cluster: ClusterConfig, platform: str, vocab_size: int) -> StepShape:
+    is_prefill = program.phase in (Phase.PREFILL, Phase.SCORE)
+    per_step = program.bucket // cluster.page_tokens if is_prefill else program.bucket
     return StepShape(
         dop=program.dop,
         bucket=program.bucket,
@@ -78,10 +88,14 @@ def step_shape(program: Program, cluster: ClusterConfig, platform: str) -> StepS
         prefill_rows=cluster.ladder.prefill_rows,
         num_deltas=2 * per_step + 32,
         platform=platform,
+        scores=program.phase is Phase.SCORE,
+        vocab_size=vocab_size,
+        num_adjust=min(cluster.adjust_tokens, vocab_size),
+        num_top=min(cluster.max_top, vocab_size),
     )
 
 
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed")
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed", "min_p", "num_top")
 UNIT_ROW, UNIT_FIRST, UNIT_COUNT, UNIT_HOME = range(4)
 NOWHERE = -1
 
@@ -89,8 +103,10 @@ NOWHERE = -1
 def prefill_layout(shape: StepShape) -> Layout:
     """`units`: (batch row or -1, first position, count, home = rank * num_pages + page); `context_*`: this instance's
     page-table entries of each batch row; `rope_len`: of each row; `emit_*`: which local token of a row, if any, is
-    sampled from."""
+    sampled from; `targets`: the token after each of `tokens`; `num_score_tiles`, `num_score_top`: how many tiles are
+    scored, and how many likeliest tokens are wanted."""
     rows = (shape.prefill_rows,)
+    scoring = (("targets", (shape.bucket,)), ("num_score_tiles", ()), ("num_score_top", ())) if shape.scores else ()
     return Layout(
         (
             ("units", (shape.num_units, 4)),
@@ -105,6 +121,7 @@ def prefill_layout(shape: StepShape) -> Layout:
             ("num_ring_tiles", ()),
             ("num_query_tiles", ()),
             ("num_emits", ()),
+            *scoring,
             ("deltas", (shape.num_deltas, 4)),
         )
     )
@@ -127,6 +144,25 @@ def decode_layout(shape: StepShape) -> Layout:
     )
 
 
+def adjust_layout(shape: StepShape, num_rows: int) -> Layout:
+    """Changes of the logits of an instance's rows, zero for none: an array of its own, as it is large and mostly blank.
+    `num_entries` of `entries` count: (token, bits of an addend before the repetition penalty, and after it); `seen`:
+    the tokens of prompt and output, a bit each; `repetition`: the penalty's bits, or 0."""
+    words = -(-shape.vocab_size // 32)
+    return Layout(
+        (
+            ("num_entries", (num_rows,)),
+            ("repetition", (num_rows,)),
+            ("entries", (num_rows, shape.num_adjust, 3)),
+            ("seen", (num_rows, words)),
+        )
+    )
+
+
+def adjust_layout_of(phase: Phase, shape: StepShape) -> Layout:
+    return adjust_layout(shape, shape.bucket if phase is Phase.DECODE else shape.prefill_rows)
+
+
 def transfer_layout(shape: StepShape) -> Layout:
     """`read_page` pages leave this instance (to itself in a copy, to its peer in a migrate); what arrives is written
     to `write_page`. Unused places hold `num_pages`, which drops."""
@@ -135,7 +171,7 @@ def transfer_layout(shape: StepShape) -> Layout:
 
 def layout_of(phase: Phase, shape: StepShape) -> Layout:
     match phase:
-        case Phase.PREFILL:
+        case Phase.PREFILL | Phase.SCORE:
             return prefill_layout(shape)
         case Phase.DECODE:
             return decode_layout(shape)

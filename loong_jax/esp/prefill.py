@@ -26,13 +26,12 @@ from loong_jax.esp.layout import (
     UNIT_HOME,
     UNIT_ROW,
     StepShape,
-    bits_to_float,
-    float_to_bits,
+    adjust_layout,
     prefill_layout,
 )
+from loong_jax.esp.sampled import sampled_rows, scored_tokens
 from loong_jax.kv_pool import InstanceState, apply_deltas
 from loong_jax.model.decoder import Attend, decode_stack, layer_window, logits
-from loong_jax.model.sampling import sample
 from pallas_kernels.flash_partial import flash_partial
 from pallas_kernels.paged_partial import paged_partial
 from pallas_kernels.partial import Partial, empty, merge, merge_many
@@ -209,26 +208,23 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
     return attend
 
 
-def _sample_rows(params, hidden: jax.Array, fields: dict[str, jax.Array], model: ModelConfig) -> Int[Array, "row 2"]:
-    """Token and log-probability bits of each emitting row, the same on every rank; zeros for the others.
+def _sample_rows(
+    params, hidden: jax.Array, fields: dict[str, jax.Array], adjust: jax.Array, model: ModelConfig, shape: StepShape
+) -> Int[Array, "row size"]:
+    """What each emitting row gives (`sampled.py`), the same on every rank; zeros for the others.
 
     A row's last token lies on one rank; the sum over ranks hands its sample to all of them."""
 
     def some(_):
         mine = fields["emit_index"] >= 0
         rows = hidden[jnp.maximum(fields["emit_index"], 0)]
-        token, logprob = sample(
-            logits(params, model, rows, tp_axis="tp"),
-            bits_to_float(fields["temperature"]),
-            fields["top_k"],
-            bits_to_float(fields["top_p"]),
-            fields["seed"].astype(jnp.uint32),
-            fields["emit_position"],
-        )
-        return jnp.where(mine[:, None], jnp.stack([token, float_to_bits(logprob)], axis=1), 0)
+        adjustment = adjust_layout(shape, shape.prefill_rows).unpack(adjust)
+        raw = logits(params, model, rows, tp_axis="tp")
+        sampled = sampled_rows(raw, fields, adjustment, fields["emit_position"], shape)
+        return jnp.where(mine[:, None], sampled, 0)
 
     def none(_):
-        return jnp.zeros((fields["emit_index"].shape[0], 2), jnp.int32)
+        return jnp.zeros((shape.prefill_rows, shape.sampled_size), jnp.int32)
 
     return lax.psum(lax.cond(fields["num_emits"] > 0, some, none, None), "sp")
 
@@ -237,13 +233,15 @@ def prefill_step(
     params,
     state: InstanceState[jax.Array],
     packed: jax.Array,
+    adjust: jax.Array,
     moves: jax.Array,
     *,
     model: ModelConfig,
     shape: StepShape,
 ):
-    """One chunk. Local arguments of one device: `packed` int32 `[size]`, `moves` int32 `[entries]`, params and state
-    without their leading axes. Returns the state and `[prefill_rows, 2]` of (token, log-probability bits)."""
+    """One chunk. Local arguments of one device: `packed`, `adjust`, `moves` int32 `[size]`, params and state without
+    their leading axes. Returns the state, `[prefill_rows, sampled_size]`, and of a scoring step also the scores of all
+    tokens of the chunk, `[dop * bucket, 1 + 2 * num_top]` in rank order; the same on every rank."""
     fields = prefill_layout(shape).unpack(packed)
     table = apply_deltas(state.table, fields["deltas"])
     context = Context(table, moves, fields["context_start"], fields["context_len"])
@@ -253,6 +251,10 @@ def prefill_step(
     hidden, kv = decode_stack(
         params, model, fields["tokens"], position, attend, state.kv, rope_len=rope_len, tp_axis="tp"
     )
-    sampled = _sample_rows(params, hidden, fields, model)
+    sampled = _sample_rows(params, hidden, fields, adjust, model, shape)
     tokens = state.tokens.at[fields["emit_slot"]].set(sampled[:, 0], mode="drop")
-    return InstanceState(kv, table, tokens), sampled
+    state = InstanceState(kv, table, tokens)
+    if not shape.scores:
+        return state, sampled
+    scores = scored_tokens(lambda rows: logits(params, model, rows, tp_axis="tp"), hidden, fields, shape)
+    return state, sampled, lax.all_gather(scores, "sp", tiled=True)

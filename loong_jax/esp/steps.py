@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from loong_jax.config import ClusterConfig, ModelConfig
 from loong_jax.esp.decode import decode_step
-from loong_jax.esp.layout import StepShape, layout_of, step_shape
+from loong_jax.esp.layout import StepShape, adjust_layout_of, layout_of, step_shape
 from loong_jax.esp.prefill import prefill_step
 from loong_jax.esp.transfer import transfer_step
 from loong_jax.kv_pool import STATE_SPEC, InstanceState, state_structs
@@ -29,15 +29,17 @@ def _add_lead(tree, num_axes: int):
     return jax.tree.map(lambda x: x.reshape((1,) * num_axes + x.shape), tree)
 
 
-def _local_prefill(params, state, packed, moves, *, model, shape):
-    state, sampled = prefill_step(
-        _drop_lead(params, 1), _drop_lead(state, 2), packed[0], moves[0], model=model, shape=shape
+def _local_prefill(params, state, packed, adjust, moves, *, model, shape):
+    state, *sampled = prefill_step(
+        _drop_lead(params, 1), _drop_lead(state, 2), packed[0], adjust[0], moves[0], model=model, shape=shape
     )
-    return _add_lead(state, 2), sampled
+    return _add_lead(state, 2), *sampled
 
 
-def _local_decode(params, state, packed, *, model, shape):
-    state, sampled = decode_step(_drop_lead(params, 1), _drop_lead(state, 2), packed[0], model=model, shape=shape)
+def _local_decode(params, state, packed, adjust, *, model, shape):
+    state, sampled = decode_step(
+        _drop_lead(params, 1), _drop_lead(state, 2), packed[0], adjust[0], model=model, shape=shape
+    )
     return _add_lead(state, 2), sampled
 
 
@@ -60,22 +62,24 @@ class StepBuilder:
         return self.platform != "cpu"
 
     def shape(self, program: Program) -> StepShape:
-        return step_shape(program, self.cluster, self.platform)
+        return step_shape(program, self.cluster, self.platform, self.model.vocab_size)
 
     def build(self, program: Program) -> StepFunction:
         shape = self.shape(program)
         params = param_structs(self.model, self.cluster.tp, stacked=self.stacked)
         state = state_structs(self.model, self.cluster, program.dop, self.platform)
         packed = jax.ShapeDtypeStruct((program.dop, layout_of(program.phase, shape).size), jnp.int32)
+        adjust = jax.ShapeDtypeStruct((program.dop, adjust_layout_of(program.phase, shape).size), jnp.int32)
         moves = jax.ShapeDtypeStruct((program.dop, self.cluster.table_entries), jnp.int32)
         match program.phase:
-            case Phase.PREFILL:
+            case Phase.PREFILL | Phase.SCORE:
                 local = partial(_local_prefill, model=self.model, shape=shape)
-                arguments, specs = (params, state, packed, moves), (P("tp"), STATE_SPEC, P("sp"), P("sp"))
-                out_specs = (STATE_SPEC, P())
+                arguments = (params, state, packed, adjust, moves)
+                specs = (P("tp"), STATE_SPEC, P("sp"), P("sp"), P("sp"))
+                out_specs = (STATE_SPEC, P(), P()) if shape.scores else (STATE_SPEC, P())
             case Phase.DECODE:
                 local = partial(_local_decode, model=self.model, shape=shape)
-                arguments, specs = (params, state, packed), (P("tp"), STATE_SPEC, P("sp"))
+                arguments, specs = (params, state, packed, adjust), (P("tp"), STATE_SPEC, P("sp"), P("sp"))
                 out_specs = (STATE_SPEC, P())
             case _:
                 local = partial(_local_transfer, shape=shape)

@@ -63,15 +63,15 @@ def model_attention(config: ModelConfig) -> Attend:
 
 
 @partial(jax.jit, static_argnames="config")
-def _logprobs(params: Params, config: ModelConfig, tokens: Array, rope_len: Array) -> Array:
+def _logits(params: Params, config: ModelConfig, tokens: Array, rope_len: Array) -> Array:
     lengths = jnp.broadcast_to(rope_len, tokens.shape)
     positions = jnp.arange(tokens.shape[0])
     hidden, _ = decode_stack(params, config, tokens, positions, model_attention(config), None, rope_len=lengths)
-    return jax.nn.log_softmax(logits(params, config, hidden), axis=-1)
+    return logits(params, config, hidden)
 
 
 class Oracle:
-    """Log-probabilities of whole token sequences on one device."""
+    """Logits and log-probabilities of whole token sequences on one device."""
 
     def __init__(self, config: ModelConfig, params: Params):
         """`params`: the tree of one tensor-parallel rank at tp = 1, without its tp axis, layers as a list."""
@@ -81,6 +81,12 @@ class Oracle:
     def logprobs(self, tokens: Sequence[int] | np.ndarray, rope_len: int | None = None) -> np.ndarray:
         """f32[len(tokens), vocab_size]; row p is the distribution of token p + 1. `rope_len`: the length the request
         was admitted with, where the rotary embedding depends on it (None: that of `tokens`)."""
+        rows = self.logits(tokens, rope_len)
+        shifted = rows - rows.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+    def logits(self, tokens: Sequence[int] | np.ndarray, rope_len: int | None = None) -> np.ndarray:
+        """f32[len(tokens), vocab_size]; row p speaks of token p + 1."""
         tokens = np.asarray(tokens, np.int32)
         # Padding on the right is invisible to causal attention; few lengths mean few compilations.
         padded = 16
@@ -88,7 +94,7 @@ class Oracle:
             padded *= 2
         padded = -(-len(tokens) // padded) * padded
         padded_tokens = jnp.asarray(np.pad(tokens, (0, padded - len(tokens))))
-        rows = _logprobs(self.params, self.config, padded_tokens, jnp.int32(rope_len or len(tokens)))
+        rows = _logits(self.params, self.config, padded_tokens, jnp.int32(rope_len or len(tokens)))
         return np.asarray(rows)[: len(tokens)]
 
     def greedy(self, tokens: Sequence[int] | np.ndarray, num_tokens: int) -> list[int]:

@@ -1,10 +1,12 @@
-"""Sampling of the next token: greedy, temperature, top-k, top-p (DESIGN 5).
+"""Sampling of the next token: greedy, temperature, min-p, top-k, top-p, and log-probabilities (DESIGN 5).
 
-What it is: one function on rows of logits. Noise is keyed by (seed, position of the sampled token), so placement,
-batch mix and DoP change nothing. Filters follow the usual order: top-k, then top-p over what top-k left; ties with
-the last token kept are kept.
-What it is not: grammar masks and penalties, which come as data of a full sampling program.
+What it is: functions on rows of logits. Noise is keyed by (seed, position of the sampled token), so placement, batch
+mix and DoP change nothing. Filters follow vLLM's order: min-p, then top-k, then top-p over what is left; ties with
+the last token kept are kept. Log-probabilities are those of the raw logits: no adjustment, temperature or filter.
+What it is not: biases and penalties, which change the logits first (`adjust.py`).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +16,56 @@ PREFILTER = 256
 """A row whose top-k or nucleus fits in this many tokens needs no sort of the vocabulary."""
 
 
-def sample(
-    logits: Float32[Array, "row vocab"],
-    temperature: Float32[Array, " row"],
-    top_k: Int32[Array, " row"],
-    top_p: Float32[Array, " row"],
-    seed: UInt32[Array, " row"],
-    position: Int32[Array, " row"],
-) -> tuple[Int32[Array, " row"], Float32[Array, " row"]]:
-    """Tokens, and their log-probabilities under the raw logits (no temperature, no filter).
+class Params(NamedTuple):
+    """Parameters of each row. `temperature == 0` is greedy; `top_k == 0`, `top_p == 1` and `min_p == 0` switch the
+    filters off; `position` is the one of the sampled token."""
 
-    `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch the filters off. `position` is the one of the
-    sampled token. A batch of greedy rows costs an argmax, one without filters no sort.
-    """
-    tokens = jax.lax.cond(
-        jnp.any(temperature > 0),
-        lambda: _sample_rows(logits, temperature, top_k, top_p, seed, position),
+    temperature: Float32[Array, " row"]
+    top_k: Int32[Array, " row"]
+    top_p: Float32[Array, " row"]
+    min_p: Float32[Array, " row"]
+    seed: UInt32[Array, " row"]
+    position: Int32[Array, " row"]
+
+
+def sample(logits: Float32[Array, "row vocab"], params: Params) -> Int32[Array, " row"]:
+    """A token for each row. A batch of greedy rows costs an argmax, one without filters no sort."""
+    return jax.lax.cond(
+        jnp.any(params.temperature > 0),
+        lambda: _sample_rows(logits, params),
         lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
     )
+
+
+def logprobs_of(logits: Float32[Array, "row vocab"], tokens: Int32[Array, " row"]) -> Float32[Array, " row"]:
+    """Log-probability of one token of each row."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _sample_rows(logits, temperature, top_k, top_p, seed, position) -> Int32[Array, " row"]:
+def likeliest(
+    logits: Float32[Array, "row vocab"], num_top: int, wanted: Bool[Array, ""]
+) -> tuple[Int32[Array, "row top"], Float32[Array, "row top"]]:
+    """The `num_top` likeliest tokens of each row, in descending order (ties: the lower id first), and their
+    log-probabilities; zeros, at no cost, unless `wanted`."""
+
+    def some():
+        values, tokens = jax.lax.top_k(logits, num_top)
+        return tokens.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    def none():
+        return jnp.zeros((len(logits), num_top), jnp.int32), jnp.zeros((len(logits), num_top), jnp.float32)
+
+    return jax.lax.cond(wanted, some, none) if num_top else none()
+
+
+def _sample_rows(logits: Float32[Array, "row vocab"], params: Params) -> Int32[Array, " row"]:
     vocab_size = logits.shape[1]
+    temperature, top_k, top_p = params.temperature, params.top_k, params.top_p
     # Shift before dividing: a tiny temperature must not overflow.
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = shifted / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    scaled = jnp.where(scaled >= jnp.log(params.min_p)[:, None], scaled, -jnp.inf)  # the likeliest has 0
     filtered = (top_k > 0) | (top_p < 1)
     least = jax.lax.cond(
         jnp.any(filtered & (temperature > 0)),
@@ -49,7 +74,7 @@ def _sample_rows(logits, temperature, top_k, top_p, seed, position) -> Int32[Arr
     )
     kept = ~filtered[:, None] | (scaled >= least[:, None])
     noise = jax.vmap(lambda s, p: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), p), (vocab_size,)))(
-        seed, position
+        params.seed, params.position
     )
     noisy = jnp.where(kept, scaled + noise, -jnp.inf)
     return jnp.argmax(jnp.where(temperature[:, None] > 0, noisy, logits), axis=-1).astype(jnp.int32)

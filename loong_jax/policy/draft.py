@@ -42,8 +42,7 @@ class Draft:
     def want(self, phase: Phase, need: int, size: int) -> bool:
         """Ask for a program of `size` rows or tokens, on the smallest set that covers `need`. False when there is
         nothing to ask for: it is READY, or no group of the ladder can cover `need`."""
-        ladder = self.cluster.ladder
-        sizes = ladder.decode_rows if phase is Phase.DECODE else ladder.prefill_tokens
+        sizes = self.cluster.ladder.buckets(phase)
         bucket = next((b for b in sizes if b >= size), sizes[-1])
         prepare = self.ready.wanted(phase, need, self.alive, bucket, self.cluster)
         if prepare is not None:
@@ -53,7 +52,7 @@ class Draft:
     def victim(self, blocked: RequestView) -> RequestView | None:
         """The newest holder of KV within reach that is newer than `blocked`; itself, if it is the only holder there."""
         need = mask_of(r.instance for r in blocked.resident)
-        phase = Phase.DECODE if blocked.running else Phase.PREFILL
+        phase = Phase.DECODE if blocked.running else blocked.prefill_phase
         reach = self.ready.reach(phase, need, self.alive)
         holders = [request for request in self.view.requests if any(reach >> r.instance & 1 for r in request.resident)]
         if not holders:

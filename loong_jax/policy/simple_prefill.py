@@ -13,7 +13,6 @@ from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import Group, mask_of, members
 from loong_jax.types import (
     ContextForm,
-    Phase,
     PlannedPrefill,
     PlannedPrefillRow,
     Rehome,
@@ -91,7 +90,9 @@ class PrefillPlanner:
         if need & ~allowed:
             return None
         chunk = max(1, self.draft.limits.chunk_tokens // self.draft.cluster.page_tokens)
-        joiners = [c for c in candidates[1:] if mask_of(r.instance for r in c.resident) & ~need == 0]
+        joiners = [
+            c for c in candidates[1:] if c.score == head.score and mask_of(r.instance for r in c.resident) & ~need == 0
+        ]
         budget = chunk
         while budget:
             rows = self._rows(head, joiners, budget)
@@ -148,7 +149,7 @@ class PrefillPlanner:
         num_allowed = allowed.bit_count()
         best: tuple[Group | None, ContextForm] = (None, ContextForm.RING)
         best_key = None
-        for group in self.draft.ready.covering(Phase.PREFILL, need, allowed):
+        for group in self.draft.ready.covering(rows[0][0].prefill_phase, need, allowed):
             per_instance = -(-num_units // group.dop) * page_tokens
             free = sum(self.draft.free[i] for i in group.instances)
             if per_instance > group.bucket or free < num_units:
@@ -193,7 +194,7 @@ class PrefillPlanner:
             self.draft.load[share.instance] += 1
         self.draft.free = free
         form = ContextForm.RING if rehome else form
-        return PlannedPrefill(group.instances, form, planned_rows, tuple(keep), tuple(rehome))
+        return PlannedPrefill(group.instances, form, planned_rows, tuple(keep), tuple(rehome), rows[0][0].score)
 
     def _place_even(
         self, rows: Sequence[tuple[RequestView, tuple[Run, ...]]], group: Group, form: ContextForm
@@ -203,7 +204,7 @@ class PrefillPlanner:
             num_units = buckets.num_units(runs, self.draft.cluster.page_tokens)
             keep += placement.even(request, num_units, group.instances, self.draft.free).keep
         planned_rows = tuple(PlannedPrefillRow(request.request, runs) for request, runs in rows)
-        return PlannedPrefill(group.instances, form, planned_rows, tuple(keep))
+        return PlannedPrefill(group.instances, form, planned_rows, tuple(keep), score=rows[0][0].score)
 
     @staticmethod
     def _spare(group: Group, free: dict[int, int]) -> int:
@@ -211,11 +212,12 @@ class PrefillPlanner:
 
     def _starved(self, head: RequestView, need: int, allowed: int) -> None:
         """Not even one page of the head could be planned: for want of memory, of a program, or of idle instances?"""
-        if self.draft.ready.smallest(Phase.PREFILL, need, self.draft.alive) is None:
-            if not self.draft.want(Phase.PREFILL, need or self.draft.alive & -self.draft.alive, 1) and head.resident:
+        phase = head.prefill_phase
+        if self.draft.ready.smallest(phase, need, self.draft.alive) is None:
+            if not self.draft.want(phase, need or self.draft.alive & -self.draft.alive, 1) and head.resident:
                 self.draft.stuck.append(head)
             return
-        groups = self.draft.ready.covering(Phase.PREFILL, need, self.draft.alive)
+        groups = self.draft.ready.covering(phase, need, self.draft.alive)
         if head.resident and not any(self.draft.free[i] > 0 for group in groups for i in group.instances):
             self.draft.block(head)
 

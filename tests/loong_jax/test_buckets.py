@@ -38,7 +38,7 @@ def test_units_tile_the_runs(pieces: list[tuple[int, int]], page_tokens: int) ->
 )
 def test_prefill_bucket(num_units: int, dop: int, expected: int | None) -> None:
     """With 16-token pages, 128 tokens are 8 units an instance."""
-    assert buckets.prefill_bucket(num_units, dop, LADDER, 16) == expected
+    assert buckets.prefill_bucket(num_units, dop, LADDER.prefill_tokens, 16) == expected
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 1), (2, 8), (8, 8), (9, None)])

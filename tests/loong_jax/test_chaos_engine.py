@@ -14,7 +14,7 @@ from loong_jax.cost.linear import LinearCost
 from loong_jax.manager import Manager
 from tests.support.chaos_policy import ChaosPolicy
 from tests.support.real_engine import CHAOS_CLUSTERS, FIXTURES, DataPlane, LossyExecutor, Verdict
-from tests.support.schedules import Controls, Schedule, ScheduleConfig, replay
+from tests.support.schedules import Controls, Outcome, Schedule, ScheduleConfig, replay
 
 CHECKPOINTS = {"four": "gqa", "eight": "gqa", "tp2": "mha"}
 
@@ -50,7 +50,16 @@ def run_schedule(plane: DataPlane, seed: int) -> list[Verdict]:
     finally:
         executor.close()
     replay(run, manager())
-    return [plane.judge.check(o.history, o.tokens, o.logprobs, o.sampling) for o in run.outcomes]
+    return [judge(plane, outcome) for outcome in run.outcomes]
+
+
+def judge(plane: DataPlane, outcome: Outcome) -> Verdict:
+    if outcome.tokens and outcome.num_prompt_top is not None:
+        plane.judge.check_scores(outcome.history, outcome.scores, outcome.num_prompt_top)
+    return plane.judge.check(
+        outcome.history, outcome.tokens, outcome.logprobs, outcome.sampling,
+        adjustment=outcome.adjustment, stop_ids=outcome.stop_ids, tops=outcome.tops,
+    )  # fmt: skip
 
 
 def check_schedules(plane: DataPlane, seeds: range) -> None:

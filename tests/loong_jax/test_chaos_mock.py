@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from loong_jax import issue
+from loong_jax import forks, issue
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
 from loong_jax.core_state import CoreState
 from loong_jax.cost.linear import LinearCost
@@ -19,9 +19,23 @@ from loong_jax.ledger import ForkedPages, Ledger
 from loong_jax.manager import Manager, Policy
 from loong_jax.policy.simple_elastic import SimpleElastic
 from loong_jax.request_state import RequestState
-from loong_jax.types import Emit, PageMove, Phase, PrefillRow, Program, Rehome, RequestView, Reset, Run
+from loong_jax.types import (
+    AnyCommand,
+    Emit,
+    EmitScores,
+    PageMove,
+    Phase,
+    PrefillRow,
+    Program,
+    Rehome,
+    RequestView,
+    Reset,
+    Run,
+    Scores,
+    Top,
+)
 from tests.support.chaos_policy import ChaosPolicy
-from tests.support.mock_executor import MockExecutor, oracle
+from tests.support.mock_executor import MockExecutor, check_reports, oracle
 from tests.support.schedules import Controls, Schedule, ScheduleConfig, ScheduleRun, arcs, check_outcome, replay
 
 
@@ -35,6 +49,7 @@ def cluster_for(rng: random.Random) -> ClusterConfig:
         decode_rows=(1, 4),
         prefill_rows=3,
         move_pages=rng.choice((1, 3)),
+        score_tokens=(8 * page_tokens,),
     )
     return ClusterConfig(
         num_instances=num_instances,
@@ -58,6 +73,7 @@ def few_groups(
     ready = arcs(cluster)
     if kind == "ends":
         steps = (Phase.PREFILL, Phase.DECODE)
+        # Scoring programs are prepared when the first such request comes.
         ready = [(p, i) for p, i in ready if p.dop in (1, cluster.ladder.dops[-1]) and p.phase in steps]
     elif kind == "aligned":
         ready = [(p, i) for p, i in ready if i[0] % len(i) == 0 and i[-1] - i[0] == len(i) - 1]
@@ -93,6 +109,7 @@ def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True) -> ScheduleR
     run = Schedule(manager, executor, inbox, config, rng, controls, ready).run()
     for outcome in run.outcomes:
         check_outcome(outcome, oracle)
+        check_reports(outcome.history, outcome.tokens, outcome.tops, outcome.scores, outcome.num_prompt_top)
     replay(run, Manager(cluster, limits, policy(), LinearCost()))
     return run
 
@@ -183,8 +200,8 @@ def _any_device_has_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _emit_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def append(self: Manager, request: RequestState, token: int, logprob: float, dop: int) -> None:
-        manager_append(self, request, token, logprob, dop)
+    def append(self: Manager, request: RequestState, token: int, logprob: float, dop: int, top: Top | None) -> None:
+        manager_append(self, request, token, logprob, dop, top)
         if token % 7 == 0:
             self._out.append(Emit(request.id, request.num_generated - 1, (token,), (logprob,), dop))
 
@@ -216,6 +233,51 @@ def _shift_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(issue, "_prefill_row", prefill_row)
 
 
+def _penalties_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(self: RequestState, *args: Any, **fields: Any) -> None:
+        request_init(self, *args, **fields)
+        self.needs_history = False
+
+    request_init = RequestState.__init__
+    monkeypatch.setattr(RequestState, "__init__", init)
+
+
+def _score_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed again is told again."""
+
+    def take_scores(self: RequestState, runs: tuple[Run, ...], scores: Scores) -> EmitScores | None:
+        self.num_scored = min(self.num_scored, runs[0].first + 1)
+        return request_take_scores(self, runs, scores)
+
+    request_take_scores = RequestState.take_scores
+    monkeypatch.setattr(RequestState, "take_scores", take_scores)
+
+
+def _sample_before_the_scores_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last position of a prompt is decoded while the chunk before it is scored."""
+
+    def view(self: RequestState, ledger: Ledger) -> RequestView:
+        seen = request_view(self, ledger)
+        return msgspec.structs.replace(seen, running=True) if seen.score and not self.holes else seen
+
+    def check(state: CoreState, request: RequestState, *rest: Any) -> None:
+        if not request.score:
+            issue_check(state, request, *rest)
+
+    request_view, issue_check = RequestState.view, issue._check_decode_row
+    monkeypatch.setattr(RequestState, "view", view)
+    monkeypatch.setattr(issue, "_check_decode_row", check)
+
+
+def _children_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child of a waiting parent is given a place, and a hole where nothing is missing is not seen."""
+
+    def start_or_hold(state: CoreState, parent: RequestState, child: RequestState) -> list[AnyCommand]:
+        return forks._start(state, parent, child)
+
+    monkeypatch.setattr(forks, "start_or_hold", start_or_hold)
+
+
 MUTATIONS = (
     _extend_shared,
     _release_before_reserve,
@@ -226,6 +288,10 @@ MUTATIONS = (
     _emit_twice,
     _leak_on_abort,
     _shift_a_unit,
+    _penalties_one_step_late,
+    _score_again,
+    _sample_before_the_scores_are_out,
+    _children_start_at_once,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from types import NoneType
+from types import NoneType, UnionType
 
 import msgspec
 import pytest
@@ -28,6 +28,8 @@ def values(kind: object) -> st.SearchStrategy:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind in SMALL:
         return SMALL[kind]  # type: ignore[index]
+    if origin is UnionType:
+        return st.one_of(*map(values, args))
     if origin is tuple:
         if args[-1] is Ellipsis:
             return st.lists(values(args[0]), max_size=3).map(tuple)

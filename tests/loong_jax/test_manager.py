@@ -4,36 +4,35 @@ from __future__ import annotations
 
 from array import array
 
+import msgspec
+import numpy as np
 import pytest
 
-from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
-from loong_jax.cost import CostModel
+from loong_jax.config import LimitsConfig
 from loong_jax.cost.linear import LinearCost
-from loong_jax.invariants import check_state
 from loong_jax.issue import PlanError
 from loong_jax.ledger import InvariantError
 from loong_jax.manager import Manager
 from loong_jax.policy.simple_elastic import SimpleElastic
 from loong_jax.types import (
     Aborted,
+    Adjust,
+    Adjustment,
     AnyCommand,
-    AnyEvent,
     Arrived,
     ContextForm,
-    CopyPages,
     CostUpdated,
     Drain,
     Emit,
+    EmitScores,
     Finish,
     FinishReason,
-    Fork,
-    Forked,
+    Forget,
     Free,
     InstanceJoined,
     InstanceLost,
     Migrate,
     Phase,
-    Plan,
     PlannedDecode,
     PlannedDecodeRow,
     PlannedEvict,
@@ -51,91 +50,17 @@ from loong_jax.types import (
     Reservation,
     Reset,
     Run,
-    RunDecode,
     RunPrefill,
     Sampling,
+    Scores,
     Share,
     StepDone,
     StepFailed,
     Stopped,
     Tick,
-    View,
+    Top,
 )
-from tests.support.schedules import arcs
-
-LADDER = LadderConfig(dops=(1, 2, 4), prefill_tokens=(16, 64), decode_rows=(1, 4), prefill_rows=2, move_pages=2)
-CLUSTER = ClusterConfig(
-    num_instances=4, page_tokens=4, pages_per_instance=8, ring_tokens=16, query_tile_tokens=16, slots=4, ladder=LADDER
-)
-RING = ContextForm.RING
-FIRST = Run(0, 4)
-ONE_PAGE = Share(0, 1)
-
-
-class Scripted:
-    """Gives one plan, once."""
-
-    def __init__(self) -> None:
-        self.next = Plan()
-        self.seen: View | None = None
-
-    def plan(self, view: View, cost: CostModel) -> Plan:
-        plan, self.next, self.seen = self.next, Plan(), view
-        return plan
-
-
-class Bench:
-    """A manager, its scripted policy, and every command so far."""
-
-    def __init__(self, cluster: ClusterConfig = CLUSTER, limits: LimitsConfig = LimitsConfig()) -> None:  # noqa: B008
-        self.policy = Scripted()
-        self.manager = Manager(cluster, limits, self.policy, LinearCost())
-        self.now_us = 0
-        for program, instances in arcs(cluster):
-            self.handle(ProgramReady(program, instances))
-
-    def handle(self, event: AnyEvent, **plan: object) -> list[AnyCommand]:
-        self.policy.next = Plan(**plan)  # type: ignore[arg-type]
-        self.now_us += 1
-        return self.manager.handle(event, self.now_us)
-
-    def arrive(self, request: int, prompt_len: int, max_tokens: int = 8, **fields: object) -> list[AnyCommand]:
-        prompt = array("i", range(100, 100 + prompt_len)).tobytes()
-        return self.handle(Arrived(request, prompt, max_tokens, **fields))  # type: ignore[arg-type]
-
-    def prefill(
-        self, request: int, instances: tuple[int, ...], runs: list[Run], keep: list[Share], **fields: object
-    ) -> RunPrefill:
-        row = PlannedPrefillRow(request, tuple(runs))
-        planned = PlannedPrefill(instances, RING, (row,), tuple(keep), **fields)  # type: ignore[arg-type]
-        (command,) = self.handle(Tick(), prefills=(planned,))
-        assert isinstance(command, RunPrefill)
-        return command
-
-    def decode(self, instances: tuple[int, ...], *rows: tuple[int, int]) -> RunDecode:
-        planned = PlannedDecode(instances, tuple(PlannedDecodeRow(request, master) for request, master in rows))
-        (command,) = self.handle(Tick(), decodes=(planned,))
-        assert isinstance(command, RunDecode)
-        return command
-
-    def done(self, command: RunPrefill | RunDecode | Migrate | CopyPages, *tokens: int) -> list[AnyCommand]:
-        return self.handle(StepDone(command.step, tokens, tuple(-0.5 for _ in tokens)))
-
-    def running(self, request: int, prompt_len: int, instance: int = 0, max_tokens: int = 8, **fields: object) -> None:
-        """A request that has sampled its first token, 7."""
-        self.arrive(request, prompt_len, max_tokens, **fields)
-        share = Share(instance, -(-prompt_len // 4))
-        self.done(self.prefill(request, (instance,), [Run(0, prompt_len)], [share]), 7)
-
-    def view(self, request: int) -> RequestView:
-        return next(r for r in self.manager.view().requests if r.request == request)
-
-    def check(self) -> None:
-        """Not INV-8: a script leaves requests idle on purpose."""
-        check_state(self.manager.state)
-
-    def free_pages(self) -> list[int]:
-        return [i.free_pages for i in self.manager.view().instances]
+from tests.support.bench import CLUSTER, FIRST, LADDER, ONE_PAGE, RING, Bench
 
 
 @pytest.fixture
@@ -390,54 +315,6 @@ def test_in_flight_requests_are_not_prefilled_or_evicted(bench: Bench) -> None:
         bench.handle(Tick(), evicts=(PlannedEvict(1),))
 
 
-# ---- forks
-
-
-def test_fork_shares_and_copies(bench: Bench) -> None:
-    bench.running(1, 10)
-    share, copy = bench.handle(Forked(1, 2, 4, Sampling(seed=3)))
-    assert isinstance(share, Fork)
-    assert isinstance(copy, CopyPages)
-    assert [run for _, _, run in share.shared] == [Run(0, 4), Run(4, 4)]
-    assert copy.copies[0].run == Run(8, 2)
-    child = bench.view(2)
-    assert (child.prompt_len, child.known, child.running, child.missing) == (11, 11, True, (Run(10, 1),))
-    rows = bench.decode((0,), (1, 0), (2, 0)).rows
-    assert rows[0].page != rows[1].page
-    assert [row.token for row in rows] == [7, 7]
-    assert rows[0].rope_len == rows[1].rope_len > 10, "shared keys were rotated for the parent's length"
-    assert bench.handle(Aborted(1)) == [Finish(1, FinishReason.ABORT, 1), Free(1, (0,))]
-    bench.check()
-    bench.handle(Aborted(2))
-    assert bench.free_pages() == [8, 8, 8, 8]
-
-
-def test_fork_recomputes_what_it_cannot_copy() -> None:
-    bench = Bench()
-    bench.running(1, 30)  # eight pages: none left for the copy
-    (share,) = bench.handle(Forked(1, 2, 1, Sampling()))
-    assert isinstance(share, Fork)
-    assert bench.view(2).missing == (Run(28, 3),)
-    bench.done(bench.prefill(2, (0, 1), [Run(28, 3)], [Share(1, 1)]), 9)
-    bench.check()
-
-
-def test_fork_of_a_finished_parent_ends_at_once(bench: Bench) -> None:
-    (finish,) = bench.handle(Forked(1, 2, 4, Sampling()))
-    assert isinstance(finish, Finish)
-    assert finish.reason is FinishReason.ERROR
-    bench.check()
-
-
-def test_a_fork_that_waits_holds_nothing() -> None:
-    bench = Bench(limits=LimitsConfig(max_running=1))
-    bench.running(1, 10)
-    assert bench.handle(Forked(1, 2, 4, Sampling())) == []
-    bench.check()
-    bench.handle(Aborted(1))
-    assert bench.view(2).missing == (Run(0, 11),)
-
-
 # ---- failures
 
 
@@ -567,6 +444,7 @@ def test_the_policy_sees_no_output_length() -> None:
     assert set(RequestView.__struct_fields__) == {
         "request", "arrived_us", "prompt_len", "known", "issued", "max_tokens", "num_generated", "running", "missing",
         "resident", "open_page", "device_group", "in_flight", "num_evictions",
+        "score",
     }  # fmt: skip
 
 
@@ -583,3 +461,91 @@ def test_describe_names_requests_and_instances(bench: Bench) -> None:
     text = bench.manager.describe()
     for part in ("instance 3", "request 1 decode", "request 2 waiting", "1/8 pages"):
         assert part in text
+
+
+# ---- adjustments, likeliest tokens, scores
+
+
+def test_a_row_with_penalties_waits_for_its_token(bench: Bench) -> None:
+    """It is told with the row, and others go on meanwhile."""
+    adjustment = Adjustment(presence_penalty=1.0)
+    adjust, *_ = bench.arrive(1, 4, adjustment=adjustment, stop_ids=(3, 2))
+    assert adjust == Adjust(1, adjustment, b"", 4, (2, 3))
+    bench.done(bench.prefill(1, (0,), [FIRST], [ONE_PAGE]), 7)
+    bench.running(2, 4)
+    both = bench.decode((0,), (1, 0), (2, 0))
+    assert [row.token for row in both.rows] == [7, 7]
+    assert not bench.view(1).running
+    assert bench.view(2).running
+    with pytest.raises(PlanError, match="penalties"):
+        bench.decode((0,), (1, 0))
+    alone = bench.decode((0,), (2, 0))
+    bench.done(both, 8, 9)
+    assert bench.decode((0,), (1, 0)).rows[0].token == 8
+    bench.done(alone, 10)
+    assert bench.handle(Aborted(1))[:2] == [Finish(1, FinishReason.ABORT, 2), Forget(1)]
+    bench.check()
+
+
+def test_a_bias_is_one_step_late_like_any_other_row(bench: Bench) -> None:
+    bench.arrive(1, 4, adjustment=Adjustment(((5, 1.0),), min_tokens=3, repetition_penalty=1.0))
+    bench.prefill(1, (0,), [FIRST], [ONE_PAGE])
+    assert bench.decode((0,), (1, 0)).rows[0].token == -1
+
+
+def test_the_prompt_goes_to_the_executor_for_repetition_alone(bench: Bench) -> None:
+    (adjust,) = bench.arrive(1, 4, adjustment=Adjustment(repetition_penalty=1.5))
+    assert isinstance(adjust, Adjust)
+    assert adjust.prompt == array("i", range(100, 104)).tobytes()
+
+
+def test_likeliest_tokens_reach_the_stream_of_those_who_asked(bench: Bench) -> None:
+    top = Top((4, 5), (-0.1, -2.0))
+    for request, num_top in ((1, 2), (2, 0)):
+        bench.running(request, 4, sampling=Sampling(num_top=num_top))
+    step = bench.decode((0,), (1, 0), (2, 0))
+    out = bench.handle(StepDone(step.step, (8, 9), (-0.5, -0.5), (top, None)))
+    assert [emit.tops for emit in out if isinstance(emit, Emit)] == [(top,), ()]
+
+
+def scores_of(*values: float) -> Scores:
+    return Scores(np.array(values, "<f4").tobytes())
+
+
+def test_scores_come_in_order_once_and_before_the_first_token(bench: Bench) -> None:
+    """Two chunks, an eviction between them, and a failure of the second."""
+    bench.arrive(1, 10, num_prompt_top=0)
+
+    def score(*runs: Run) -> RunPrefill:
+        num_pages = sum(-(-run.count // 4) for run in runs)
+        return bench.prefill(1, (0,), list(runs), [Share(0, num_pages)], score=True)
+
+    def done(step: RunPrefill, *values: float, tokens: tuple[int, ...] = ()) -> list[AnyCommand]:
+        out = bench.handle(StepDone(step.step, tokens, tuple(-0.5 for _ in tokens), (), (scores_of(*values),)))
+        return [c for c in out if isinstance(c, EmitScores | Emit)]
+
+    with pytest.raises(PlanError, match="scored beside unscored"):
+        bench.prefill(1, (0,), [Run(0, 4)], [ONE_PAGE])
+    first = score(Run(0, 4))
+    (row,) = first.rows
+    assert row.targets == array("i", range(101, 105)).tobytes()
+    assert done(first, 1, 2, 3, 4) == [EmitScores(1, 1, scores_of(1, 2, 3, 4))]
+    bench.handle(Tick(), evicts=(PlannedEvict(1),))
+    assert done(score(Run(0, 6)), 1, 2, 3, 4, 5, 6) == [EmitScores(1, 5, scores_of(5, 6))]
+    failed = score(Run(6, 3))
+    assert not bench.view(1).running, "its last token waits for the scores"
+    bench.handle(StepFailed(failed.step, (0,), "boom"))
+    assert bench.view(1).missing == (Run(0, 10),)
+    last = score(Run(0, 10))
+    assert last.rows[0].targets == array("i", [*range(101, 110), 0]).tobytes()
+    out = done(last, *range(1, 11), tokens=(7,))
+    assert out == [EmitScores(1, 7, scores_of(7, 8, 9)), Emit(1, 0, (7,), (-0.5,), 1)]
+    bench.handle(Tick(), evicts=(PlannedEvict(1),))
+    bench.prefill(1, (0,), [Run(0, 11)], [Share(0, 3)])  # by an ordinary program: all is out
+    bench.check()
+
+
+def test_scores_need_programs_for_them() -> None:
+    bench = Bench(msgspec.structs.replace(CLUSTER, ladder=msgspec.structs.replace(LADDER, score_tokens=())))
+    with pytest.raises(ValueError, match="no scoring programs"):
+        bench.arrive(1, 4, num_prompt_top=0)

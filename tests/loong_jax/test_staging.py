@@ -28,6 +28,7 @@ CLUSTER = ClusterConfig(
     ladder=LadderConfig(dops=(1, 2, 3), prefill_tokens=(16,), decode_rows=(2,), prefill_rows=3, move_pages=4),
 )  # fmt: skip
 GROUP = (1, 4)
+VOCAB = 100
 RING, GATHER = ContextForm.RING, ContextForm.GATHER_Q
 NUM_PAGES, NUM_SLOTS, NUM_ENTRIES = 10, 5, CLUSTER.table_entries
 NONE = [-1, -1, 0, -1]
@@ -43,7 +44,7 @@ def ids(*tokens: int) -> bytes:
 
 
 def prefill(tables: PageTables, rows, form=RING, moves=(), group=GROUP):
-    shape = step_shape(Program(Phase.PREFILL, len(group), 16), CLUSTER, "cpu")
+    shape = step_shape(Program(Phase.PREFILL, len(group), 16), CLUSTER, "cpu", VOCAB)
     staged = stage_prefill(RunPrefill(0, group, 16, form, tuple(rows), tuple(moves)), shape, tables)
     return staged, prefill_layout(shape).views(staged.packed)
 
@@ -75,7 +76,8 @@ def test_units_are_striped_across_requests(tables):
     assert (fields["emit_index"] == -1).all()
     assert (fields["emit_slot"] == NUM_SLOTS).all(), "nobody's slot"
     assert fields["rope_len"].tolist() == [[41, 42, 0]] * 2
-    assert staged.rows.tolist() == []
+    assert staged.output.rows.tolist() == []
+    assert staged.adjust is None
     assert staged.moves is None
 
 
@@ -95,7 +97,7 @@ def test_emit(tables):
     assert fields["top_k"].tolist() == [[7, 0, 0]] * 2
     assert fields["seed"].view(np.uint32).tolist() == [[2**32 - 2, 0, 5]] * 2
     assert fields["num_emits"].tolist() == [2, 2]
-    assert staged.rows.tolist() == [0, 2]
+    assert staged.output.rows.tolist() == [0, 2]
 
 
 def hold(tables: PageTables, request: int, pages: dict[int, int]) -> None:
@@ -164,7 +166,7 @@ def test_deltas_are_a_view_of_what_is_sent(tables):
 
 
 def decode(tables: PageTables, rows, group=(0, 2, 5)):
-    shape = step_shape(Program(Phase.DECODE, len(group), 2), CLUSTER, "cpu")
+    shape = step_shape(Program(Phase.DECODE, len(group), 2), CLUSTER, "cpu", VOCAB)
     staged = stage_decode(RunDecode(0, group, 2, tuple(rows)), shape, tables)
     return staged, decode_layout(shape).views(staged.packed)
 
@@ -174,30 +176,41 @@ def test_decode_rows_lie_with_their_masters(tables):
     hold(tables, 7, {5: 1, 0: 2})
     hold(tables, 8, {2: 1})
     rows = [
-        DecodeRow(8, 3, 4, 44, 5, 1, Run(4, 1), Sampling(temperature=1.5, top_k=2, top_p=0.5, seed=9), 30),
+        DecodeRow(
+            8,
+            3,
+            4,
+            44,
+            5,
+            1,
+            Run(4, 1),
+            Sampling(temperature=1.5, top_k=2, top_p=0.5, seed=9, min_p=0.25, num_top=3),
+            30,
+        ),
         DecodeRow(9, 1, 0, -1, 0, 2, Run(0, 1), Sampling(), 31),
         DecodeRow(7, 4, 14, 77, 5, 3, Run(12, 3), Sampling(), 32),
     ]
     staged, fields = decode(tables, rows)
     bits = lambda value: int(np.float32(value).view(np.int32))
-    one, nobody = bits(1.0), [0, NUM_SLOTS, -1, NUM_PAGES, 0, 0, 0, 0, 0, 0]
+    one, nobody = bits(1.0), [0, NUM_SLOTS, -1, NUM_PAGES, 0, 0, 0, 0, 0, 0, 0, 0]
     assert OWN_FIELDS[:6] == ("token", "slot", "position", "write_page", "write_slot", "rope_len")
-    assert OWN_FIELDS[6:] == ("temperature", "top_p", "top_k", "seed")
+    assert OWN_FIELDS[6:] == ("temperature", "top_p", "top_k", "seed", "min_p", "num_top")
     assert fields["own"].tolist() == [
-        [[-1, 1, 0, 2, 0, 31, 0, one, 0, 0], nobody],
+        [[-1, 1, 0, 2, 0, 31, 0, one, 0, 0, 0, 0], nobody],
         [nobody, nobody],
-        [[44, 3, 4, 1, 0, 30, bits(1.5), bits(0.5), 2, 9], [77, 4, 14, 3, 2, 32, 0, one, 0, 0]],
+        [[44, 3, 4, 1, 0, 30, bits(1.5), bits(0.5), 2, 9, bits(0.25), 3], [77, 4, 14, 3, 2, 32, 0, one, 0, 0, 0, 0]],
     ]
     every = [[1, 0], [NUM_SLOTS, -1], [NUM_SLOTS, -1], [NUM_SLOTS, -1], [3, 4], [4, 14]]
     assert fields["every"].tolist() == [every] * 3
-    assert staged.rows.tolist() == [4, 0, 5], "sampled rows in the command's order"
+    assert staged.output.rows.tolist() == [4, 0, 5], "sampled rows in the command's order"
+    assert staged.output.num_tops == (3, 0, 0)
     lengths = fields["ranges"][..., 1]
     assert lengths.tolist() == [[0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]
     assert fields["ranges"][0, 5].tolist() == list(tables.tables[0].range(7))
 
 
 def test_migrate_pairs_places_in_both_directions():
-    shape = step_shape(Program(Phase.MIGRATE, 2, 4), CLUSTER, "cpu")
+    shape = step_shape(Program(Phase.MIGRATE, 2, 4), CLUSTER, "cpu", VOCAB)
     moves = (
         PageMove(1, 5, 8, 2, 3, Run(0, 4)),
         PageMove(1, 2, 6, 5, 7, Run(4, 4)),
@@ -209,7 +222,7 @@ def test_migrate_pairs_places_in_both_directions():
 
 
 def test_copy_stays_at_home():
-    shape = step_shape(Program(Phase.COPY, 1, 4), CLUSTER, "cpu")
+    shape = step_shape(Program(Phase.COPY, 1, 4), CLUSTER, "cpu", VOCAB)
     copies = (PageCopy(1, 2, 3, Run(0, 1)), PageCopy(2, 2, 4, Run(0, 2)))
     fields = transfer_layout(shape).views(stage_transfer(CopyPages(0, 3, copies), shape).packed)
     assert fields["read_page"].tolist() == [[2, 2, 0, 0]]

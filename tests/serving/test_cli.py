@@ -69,6 +69,7 @@ def test_importing_the_command_line_loads_no_jax():
         (["generate", "--prompt", "a", "--chat", "b"], 2, "exactly one"),
         (["generate", "--prompt", "a", "--system", "b"], 2, "--system goes with --chat"),
         (["generate", "--token-ids", "1,b"], 1, "token-ids: "),
+        (["generate", "--prompt", "a", "--logit-bias", "7:1"], 1, "logit-bias: "),
         (["generate", "--address", "127.0.0.1:1", "--prompt", "a"], 1, "UNAVAILABLE"),
         (["generate", "--prompt-file", "no-such-file"], 1, "no-such-file"),
         (["worker", ".", "--leader", "127.0.0.1:1", "--process-id", "0"], 2, "--process-id"),
@@ -94,6 +95,13 @@ def test_generate_prints_text_ids_and_a_summary():
             assert (code, out.split()) == (0, ["9", "8"] * 3)
             code, out, _ = await run_beside("generate", *common, "--prompt-file", "-", "--stop", "z", stdin="xyz")
             assert (code, out) == (0, "xy\n")
+            sampling = ("--n", "2", "--temperature", "1", "--logit-bias", "7=-1", "--min-p", "0.1")
+            code, out, err = await run_beside("generate", *common, "--prompt", "xy", "--max-tokens", "2", *sampling)
+            assert (code, out) == (0, "choice 0:\nx\nchoice 1:\nx\n")
+            assert "[choice 1: length" in err
+            report = ("--top-logprobs", "1", "--prompt-logprobs", "0", "--max-tokens", "1")
+            code, out, _ = await run_beside("generate", *common, "--token-ids", "65,66", *report)
+            assert (code, out) == (0, "prompt[1] -66.0000\n65 -65.0000 | 65 -65.0000\n\n")
             code, _, err = await run_beside("generate", *common, "--chat", "hi", "--system", "be brief")
             assert (code, "messages: this model has no chat template" in err) == (1, True)
             code, _, err = await run_beside("generate", *common, "--prompt", "a", "--temperature", "-1")

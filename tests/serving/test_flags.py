@@ -29,8 +29,11 @@ def test_good_flags():
     assert cluster_config(**{**GOOD, "dops": "1,8"}).ladder.dops == (1, 8)
     assert cluster_config(**{**GOOD, "instances": 6}).ladder.dops == (1, 2, 3, 4, 6)
     auto = {**GOOD, "prefill_buckets": "auto", "decode_buckets": "auto"}
-    assert cluster_config(**auto).ladder.num_programs == 42
-    assert cluster_config(**{**auto, "platform": "cpu"}).ladder.num_programs == 12
+    assert cluster_config(**auto).ladder.num_programs == 47
+    assert cluster_config(**{**auto, "platform": "cpu"}).ladder.num_programs == 17
+    assert cluster_config(**{**auto, "instances": 64}).ladder.num_programs <= 64
+    sizes = [cluster_config(**{**GOOD, "prefill_buckets": b}).ladder.score_tokens for b in ("16,512,1024", "1024,2048")]
+    assert sizes == [(512,), (1024,)], "a size the operator gave"
     limits = limits_config(max_waiting=3, max_running=4, chunk_tokens=5)
     assert (limits.max_waiting, limits.max_running, limits.chunk_tokens) == (3, 4, 5)
 

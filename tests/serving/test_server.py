@@ -424,3 +424,80 @@ def test_the_loop_must_be_started():
     with pytest.raises(NotServing):
         loop.ask_state()
     loop.close()
+
+
+def test_choices_of_one_prompt_have_seeds_of_their_own_and_one_request_id():
+    async def run():
+        async with live_server() as live:
+            request = generate_request(PROMPT, max_tokens=5, temperature=1.0, seed=2**32 - 2, n=4, request_id="four")
+            answers = await live.client.generate_choices(request)
+            assert [answer.token_ids for answer in answers] == [echo(PROMPT, 5)] * 4
+            assert [answer.finished.seed for answer in answers] == [2**32 - 2, 2**32 - 1, 0, 1]
+            assert {answer.finished.request_id for answer in answers} == {"four"}
+            assert [answer.finished.choice for answer in answers] == [0, 1, 2, 3]
+            await eventually(lambda: not live.manager.running)
+
+    asyncio.run(run())
+
+
+def test_choices_end_each_at_its_own_stop_and_are_aborted_together():
+    async def run():
+        async with live_server(step_s=0.002) as live:
+            answers = await live.client.generate_choices(
+                generate_request("abcd", max_tokens=50, temperature=1.0, n=3, stop=["cd"])
+            )
+            assert [(answer.text, answer.finished.matched_stop) for answer in answers] == [("ab", "cd")] * 3
+            await eventually(lambda: not live.manager.running)
+            request = generate_request(PROMPT, max_tokens=2000, temperature=1.0, n=3, request_id="to-abort")
+            task = asyncio.create_task(live.client.generate_choices(request))
+            await eventually(lambda: len(live.manager.running) == 3)
+            await live.client.abort("to-abort")
+            reasons = [answer.finished.finish_reason for answer in await asyncio.wait_for(task, 5)]
+            assert reasons == [pb.FINISH_REASON_ABORT] * 3
+
+    asyncio.run(run())
+
+
+def test_choices_are_cancelled_together_and_refused_together():
+    async def run():
+        async with live_server(manager=FakeManager(max_waiting=2), step_s=0.002) as live:
+            call = live.client.stub.Generate(generate_request(PROMPT, max_tokens=2000, temperature=1.0, n=2))
+            await call.read()
+            assert len(live.manager.running) == 2
+            call.cancel()
+            await eventually(lambda: not live.manager.running)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await live.client.generate_choices(generate_request(PROMPT, max_tokens=2000, temperature=1.0, n=5))
+            assert status(error) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            await eventually(lambda: not live.manager.running and not live.manager.waiting)
+
+    asyncio.run(run())
+
+
+def test_logprobs_of_prompt_and_answer():
+    async def run():
+        async with live_server() as live:
+            request = generate_request(PROMPT, max_tokens=2, top_logprobs=3, prompt_logprobs=2)
+            answer = await live.client.generate(request)
+            (scores,) = answer.prompt_logprobs
+            assert (scores.first, list(scores.logprobs), scores.num_top) == (1, [-6.0, -7.0], 2)
+            assert (list(scores.top_token_ids), list(scores.top_logprobs)) == ([6, 7, 7, 8], [-6, -7, -7, -8])
+            assert [list(top.token_ids) for top in answer.top_logprobs] == [[5, 6, 7], [6, 7, 8]]
+            assert [list(top.logprobs) for top in answer.top_logprobs] == [[-5, -6, -7], [-6, -7, -8]]
+            plain = await live.client.generate(generate_request(PROMPT, max_tokens=2))
+            assert not plain.top_logprobs
+            assert not plain.prompt_logprobs
+
+    asyncio.run(run())
+
+
+def test_stop_strings_wait_for_min_tokens():
+    async def run():
+        async with live_server() as live:
+            request = generate_request("abcd", max_tokens=50, stop=["bc"], min_tokens=6)
+            answer = await live.client.generate(request)
+            # a BOS token, abcd, and BOS again are six; the next "bc" ends it
+            assert answer.text == "abcda"
+            assert answer.finished.matched_stop == "bc"
+
+    asyncio.run(run())

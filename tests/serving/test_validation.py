@@ -9,7 +9,7 @@ import pytest
 from serving.client import chat_messages, generate_request
 from serving.proto.loong.v1 import loong_pb2 as pb
 from tests.support.byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
-from tests.support.fake_engine import echo
+from tests.support.fake_engine import FakeManager, echo
 from tests.support.live_server import live_server
 
 PROMPT = [5, 6, 7]
@@ -61,6 +61,33 @@ BAD = [
     ("empty request id", request(request_id=""), "request_id", "0 characters"),
     ("long request id", request(request_id="x" * 129), "request_id", "129 characters"),
     ("no chat template", request(prompt=chat_messages("hi")), "messages", "no chat template"),
+    ("min_p NaN", request(min_p=math.nan, **TOP), "sampling.min_p", "nan"),
+    ("min_p negative", request(min_p=-0.1, **TOP), "sampling.min_p", "within 0"),
+    ("min_p above 1", request(min_p=1.1, **TOP), "sampling.min_p", "to 1"),
+    ("min_p of greedy", request(min_p=0.5), "sampling.min_p", "contradicts"),
+    ("min_tokens negative", request(min_tokens=-1), "sampling.min_tokens", "negative"),
+    ("min_tokens above max_tokens", request(min_tokens=6, max_tokens=5), "sampling.min_tokens", "6 exceeds the 5"),
+    ("presence NaN", request(presence_penalty=math.nan), "sampling.presence_penalty", "nan"),
+    ("presence large", request(presence_penalty=2.1), "sampling.presence_penalty", "-2 to 2"),
+    ("frequency small", request(frequency_penalty=-2.1), "sampling.frequency_penalty", "-2 to 2"),
+    ("repetition 0", request(repetition_penalty=0.0), "sampling.repetition_penalty", "0.1 to 10"),
+    ("repetition inf", request(repetition_penalty=math.inf), "sampling.repetition_penalty", "inf"),
+    ("bias of no token", request(logit_bias={VOCAB_SIZE: 1.0}), "sampling.logit_bias", f"token {VOCAB_SIZE}"),
+    ("bias of a negative token", request(logit_bias={-1: 1.0}), "sampling.logit_bias", "token -1"),
+    ("bias NaN", request(logit_bias={5: math.nan}), "sampling.logit_bias", "nan of token 5"),
+    ("bias large", request(logit_bias={5: 101.0}), "sampling.logit_bias", "-100 to 100"),
+    ("10,000 biases", request(logit_bias=dict.fromkeys(range(10_000), 1.0)), "sampling.logit_bias", "limit of 1024"),
+    ("biases beyond the engine", request(logit_bias=dict.fromkeys(range(101), 1.0)), "sampling.logit_bias", "100"),
+    ("counts beyond the engine", request(frequency_penalty=1.0, max_tokens=102), "sampling.frequency_penalty", "101"),
+    ("presence beyond the engine", request(presence_penalty=1.0, max_tokens=102), "sampling.presence_penalty", "101"),
+    ("top_logprobs negative", request(top_logprobs=-1), "sampling.top_logprobs", "-1"),
+    ("top_logprobs large", request(top_logprobs=21), "sampling.top_logprobs", "0 to 20"),
+    ("prompt_logprobs large", request(prompt_logprobs=21), "prompt_logprobs", "0 to 20"),
+    ("prompt_logprobs negative", request(prompt_logprobs=-1), "prompt_logprobs", "-1"),
+    ("n 0", request(n=0, **TOP), "n", "1 to 64"),
+    ("n 65", request(n=65, **TOP), "n", "1 to 64"),
+    ("n huge", request(n=2**63 - 1, **TOP), "n", "9223372036854775807"),
+    ("n of greedy", request(n=2), "n", "contradict"),
     ("odd request id", request(request_id="a\nb"), "request_id", "printable"),
 ]
 
@@ -124,7 +151,7 @@ def test_messages_are_checked():
 
 def test_bounds_themselves_are_served():
     async def run():
-        async with live_server() as live:
+        async with live_server(manager=FakeManager(max_waiting=64)) as live:
             for good in (
                 request(temperature=0.01, max_tokens=1),
                 request(temperature=100.0, top_k=VOCAB_SIZE, top_p=1.0, seed=2**32 - 1, max_tokens=1),
@@ -134,6 +161,12 @@ def test_bounds_themselves_are_served():
                 request(prompt=[0, VOCAB_SIZE - 1] * 1000, max_tokens=48, ignore_eos=True),
                 request(stop=["x" * 256] * 16, stop_token_ids=[0] * 64, max_tokens=1),
                 request(request_id="x" * 128, max_tokens=1),
+                request(min_p=1.0, temperature=1.0, max_tokens=1),
+                request(min_tokens=3, max_tokens=3, top_logprobs=20, prompt_logprobs=20),
+                request(presence_penalty=2.0, frequency_penalty=-2.0, repetition_penalty=0.1, max_tokens=101),
+                request(repetition_penalty=10.0, max_tokens=2000),
+                request(logit_bias={token: 100.0 - 2 * token for token in range(100)}, max_tokens=1),
+                request(n=64, temperature=1.0, max_tokens=1),
             ):
                 answer = await live.client.generate(good, 20)
                 assert answer.finished.usage.completion_tokens == good.max_tokens
@@ -145,8 +178,6 @@ def test_a_prompt_the_manager_cannot_place_is_refused_by_name():
     """Fits the context, but prompt and answer need more pages than there are."""
 
     async def run():
-        from tests.support.fake_engine import FakeManager
-
         async with live_server(manager=FakeManager(num_instances=2, pages=4, page_tokens=16)) as live:
             error = await refusal(live.client.generate(request(prompt=[1] * 100, max_tokens=30)))
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -68,7 +68,8 @@ class ChaosPolicy:
                 migrates.append(migrate)
                 room -= {migrate.rehome.src, migrate.rehome.dst}
                 waiting.discard(migrate.rehome.request)
-        groups = sorted({(p.phase, i) for p, i in view.ready if p.phase in (Phase.PREFILL, Phase.DECODE)})
+        steps = (Phase.PREFILL, Phase.DECODE, Phase.SCORE)
+        groups = sorted({(p.phase, i) for p, i in view.ready if p.phase in steps})
         rng.shuffle(groups)
         for phase, instances in groups:
             if not set(instances) <= room or rng.random() < 0.2:
@@ -76,12 +77,13 @@ class ChaosPolicy:
             inside = [
                 r for r in view.requests if r.request in waiting and all(x.instance in instances for x in r.resident)
             ]
-            if phase is Phase.PREFILL:
-                planned = self._prefill(view, instances, inside, free)
-                prefills += [planned] if planned else []
-            else:
+            if phase is Phase.DECODE:
                 planned = self._decode(view, instances, inside, free)
                 decodes += [planned] if planned else []
+            else:
+                inside = [r for r in inside if r.prefill_phase is phase]
+                planned = self._prefill(view, phase, instances, inside, free)
+                prefills += [planned] if planned else []
             if planned is not None:
                 room -= set(instances)
                 waiting -= {row.request for row in planned.rows}
@@ -129,10 +131,10 @@ class ChaosPolicy:
         return PlannedDecode(instances, tuple(rows)) if rows else None
 
     def _prefill(
-        self, view: View, instances: tuple[int, ...], inside: list[RequestView], free: dict[int, int]
+        self, view: View, phase: Phase, instances: tuple[int, ...], inside: list[RequestView], free: dict[int, int]
     ) -> PlannedPrefill | None:
         rng, page_tokens = self._rng, view.page_tokens
-        largest = max(p.bucket for p, i in view.ready if p.phase is Phase.PREFILL and i == instances)
+        largest = max(p.bucket for p, i in view.ready if p.phase is phase and i == instances)
         budget = min(len(instances) * (largest // page_tokens), sum(free[i] for i in instances))
         budget = rng.randint(min(1, budget), budget)
         rows: list[PlannedPrefillRow] = []
@@ -166,7 +168,7 @@ class ChaosPolicy:
                     free[dst] -= pages
                     rehome.append(Rehome(request.request, resident.instance, dst, pages))
         form = ContextForm.RING if rehome else rng.choice((ContextForm.RING, ContextForm.GATHER_Q))
-        return PlannedPrefill(instances, form, tuple(rows), tuple(keep), tuple(rehome))
+        return PlannedPrefill(instances, form, tuple(rows), tuple(keep), tuple(rehome), phase is Phase.SCORE)
 
     def _runs(self, request: RequestView, max_units: int, page_tokens: int) -> tuple[Run, ...]:
         """Some first part of what is missing; the cut may fall anywhere, or on a page boundary."""

@@ -9,6 +9,7 @@ import queue
 import struct
 import threading
 import time
+from array import array
 from collections.abc import Callable
 
 from loong_jax.types import (
@@ -20,8 +21,11 @@ from loong_jax.types import (
     DecodeRow,
     Drain,
     Emit,
+    EmitScores,
     Finish,
     FinishReason,
+    Fork,
+    Forked,
     Free,
     InstanceView,
     Phase,
@@ -33,9 +37,11 @@ from loong_jax.types import (
     Run,
     RunDecode,
     RunPrefill,
+    Scores,
     StepDone,
     StepFailed,
     Stopped,
+    Top,
     View,
 )
 
@@ -49,6 +55,22 @@ def echo(prompt: list[int], num_tokens: int) -> list[int]:
 
 def token_ids(tokens: bytes) -> list[int]:
     return list(struct.unpack(f"<{len(tokens) // 4}i", tokens))
+
+
+def fake_top(token: int, num_top: int) -> Top:
+    """The token itself, then the ones after it."""
+    return Top(tuple(range(token, token + num_top)), tuple(-float(token + k) for k in range(num_top)))
+
+
+def fake_scores(targets: list[int], num_top: int) -> Scores:
+    """Minus the token, as for generated ones; the likeliest are `fake_top`."""
+    tops = [fake_top(token, num_top) for token in targets]
+    return Scores(
+        array("f", [-float(token) for token in targets]).tobytes(),
+        num_top,
+        array("i", [token for top in tops for token in top.tokens]).tobytes(),
+        array("f", [value for top in tops for value in top.logprobs]).tobytes(),
+    )
 
 
 class _Request:
@@ -76,6 +98,8 @@ class FakeManager:
         match event:
             case Arrived():
                 self._arrived(event, out)
+            case Forked():
+                self._forked(event, out)
             case StepDone():
                 self._step_done(event, out)
             case StepFailed():
@@ -115,6 +139,19 @@ class FakeManager:
         else:
             self.waiting[event.request] = request
 
+    def _forked(self, event: Forked, out: list[AnyCommand]) -> None:
+        """As if it had arrived by itself."""
+        parent = self.waiting.get(event.parent) or self.running.get(event.parent)
+        if parent is None:
+            out.append(Finish(event.child, FinishReason.ERROR, 0, "no parent"))
+            return
+        prompt = parent.event.prompt[: 4 * event.known]
+        self._arrived(
+            Arrived(event.child, prompt, event.max_tokens, event.sampling, event.stop_ids, event.adjustment), out
+        )
+        if event.child in self.waiting:
+            out.append(Fork(event.parent, event.child, ()))
+
     def _plan(self, out: list[AnyCommand]) -> None:
         step = self.num_steps
         if self.waiting and len(self.running) < self.max_running:
@@ -147,7 +184,11 @@ class FakeManager:
             request = self.running.get(number)
             if request is None:
                 continue
-            out.append(Emit(number, len(request.generated), (token,), (logprob,), dop))
+            num_top = request.event.sampling.num_top
+            if request.event.num_prompt_top is not None and not request.generated and len(request.prompt) > 1:
+                out.append(EmitScores(number, 1, fake_scores(request.prompt[1:], request.event.num_prompt_top)))
+            tops = (fake_top(token, num_top),) if num_top else ()
+            out.append(Emit(number, len(request.generated), (token,), (logprob,), dop, tops))
             request.generated.append(token)
             if token in request.event.stop_ids:
                 self._end(number, FinishReason.STOP, out)

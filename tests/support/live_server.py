@@ -7,6 +7,7 @@ from typing import Any
 
 from serving.client import LoongClient
 from serving.loop import EngineLoop
+from serving.sampling_params import SamplingLimits
 from serving.server import LoongServer, ServerConfig
 from serving.state import EngineState
 from serving.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ class Live:
         asyncio_loop = asyncio.get_running_loop()
         self.manager = manager
         self.limits = ValidationLimits(
-            vocab_size=VOCAB_SIZE,
+            sampling=SamplingLimits(VOCAB_SIZE, adjust_tokens=100),
             max_position=2048,
             pool_tokens=manager.num_instances * manager.pages * manager.page_tokens,
             eos_ids=(EOS,),

@@ -15,14 +15,20 @@ from array import array
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from loong_jax import buckets
 from loong_jax.config import ClusterConfig
+from loong_jax.row_adjust import AFTER, BEFORE, TOKEN, RowAdjust
 from loong_jax.runs import RunTable
 from loong_jax.types import (
+    Adjust,
+    Adjustment,
     AnyCommand,
     AnyEvent,
     CopyPages,
     DecodeRow,
+    Forget,
     Fork,
     Free,
     Migrate,
@@ -34,9 +40,11 @@ from loong_jax.types import (
     RunDecode,
     RunPrefill,
     Sampling,
+    Scores,
     StepCommand,
     StepDone,
     StepFailed,
+    Top,
     Truncate,
 )
 
@@ -52,17 +60,96 @@ def require(condition: bool, *details: object) -> None:
         raise MockError(*details)
 
 
-def next_token(history: array[int], sampling: Sampling) -> int:
-    """The mock model: depends on every token before, in order, and on the seed."""
-    return zlib.crc32(history.tobytes(), sampling.seed & 0xFFFFFFFF) % VOCAB
+def next_token(history: array[int], sampling: Sampling, adjusted: bytes = b"") -> int:
+    """The mock model: depends on every token before, in order, on the seed, and on how the logits are adjusted."""
+    return zlib.crc32(history.tobytes() + adjusted, sampling.seed & 0xFFFFFFFF) % VOCAB
 
 
-def oracle(prompt: array[int], sampling: Sampling, num_tokens: int) -> list[int]:
+def likeliest(history: array[int], num_top: int) -> Top:
+    tokens = tuple(zlib.crc32(history.tobytes(), k) % VOCAB for k in range(num_top))
+    return Top(tokens, tuple(-float(token) for token in tokens))
+
+
+def score(history: array[int], target: int) -> float:
+    return -float(zlib.crc32(history.tobytes(), target) % 1000)
+
+
+def adjusted(
+    adjustment: Adjustment | None, prompt: array[int], generated: list[int], stop_ids: tuple[int, ...]
+) -> bytes:
+    """From the definition: what a row's data say about its logits, in one order."""
+    if adjustment is None:
+        return b""
+    before = dict.fromkeys(stop_ids, 0.0) if adjustment.min_tokens else {}
+    before |= dict(adjustment.logit_bias)
+    if len(generated) < adjustment.min_tokens:
+        before |= dict.fromkeys(stop_ids, -1e30)
+    after = {}
+    if adjustment.counts_output:
+        after = {
+            token: -(adjustment.presence_penalty + adjustment.frequency_penalty * generated.count(token))
+            for token in set(generated)
+        }
+    entries = [(token, before.get(token, 0.0), after.get(token, 0.0)) for token in sorted(before.keys() | after.keys())]
+    seen = sorted({*prompt, *generated}) if adjustment.repetition_penalty != 1 else []
+    return _encode(entries, seen, adjustment.repetition_penalty if seen else 0.0)
+
+
+def _encode(entries: list[tuple[int, float, float]], seen: list[int], repetition: float) -> bytes:
+    bits = [(token, np.float32(before).item(), np.float32(after).item()) for token, before, after in entries]
+    return repr((bits, seen, np.float32(repetition).item())).encode()
+
+
+def _row_data(adjust: RowAdjust, position: int) -> bytes:
+    """The same, as the mirror writes it for a step."""
+    fields = {
+        "num_entries": np.zeros(1, np.int32),
+        "repetition": np.zeros(1, np.int32),
+        "entries": np.zeros((1, VOCAB, 3), np.int32),
+        "seen": np.zeros((1, -(-VOCAB // 32)), np.int32),
+    }
+    adjust.write(fields, (0,), position)
+    floats = fields["entries"][0].view(np.float32)
+    entries = [
+        (int(fields["entries"][0, i, TOKEN]), float(floats[i, BEFORE]), float(floats[i, AFTER]))
+        for i in range(fields["num_entries"][0])
+    ]
+    bits = np.unpackbits(fields["seen"].view(np.uint8), bitorder="little")
+    repetition = float(fields["repetition"].view(np.float32)[0])
+    return _encode(sorted(entries), np.flatnonzero(bits).tolist(), repetition)
+
+
+def oracle(
+    prompt: array[int],
+    sampling: Sampling,
+    num_tokens: int,
+    adjustment: Adjustment | None = None,
+    stop_ids: tuple[int, ...] = (),
+) -> list[int]:
     history, out = array("i", prompt), []
     for _ in range(num_tokens):
-        out.append(next_token(history, sampling))
+        out.append(next_token(history, sampling, adjusted(adjustment, prompt, out, stop_ids)))
         history.append(out[-1])
     return out
+
+
+def check_reports(
+    prompt: array[int], tokens: list[int], tops: list[Top], scores: list[Scores], num_prompt_top: int | None
+) -> None:
+    """Likeliest tokens and the prompt's scores are those of the text before."""
+    history = array("i", prompt)
+    for token, top in zip(tokens, tops, strict=False):
+        assert top == likeliest(history, len(top.tokens)), (top, history)
+        history.append(token)
+    position = 0
+    for part in scores:
+        values = np.frombuffer(part.logprobs, "<f4").tolist()
+        ids = np.frombuffer(part.top_tokens, "<i4").reshape(len(values), -1)
+        for value, row in zip(values, ids, strict=True):
+            position += 1
+            before = array("i", prompt[:position])
+            assert value == score(before, prompt[position]), f"score of token {position}"
+            assert tuple(row.tolist()) == likeliest(before, num_prompt_top or 0).tokens
 
 
 class Entry(NamedTuple):
@@ -76,6 +163,27 @@ class _Pending(NamedTuple):
     command: StepCommand
     instances: tuple[int, ...]
     context: tuple[tuple[Entry, ...], ...]  # by row, as the table stood at submission
+    adjusted: dict[int, bytes]  # by request, as the mirror stood at submission
+
+
+class _Sampled(NamedTuple):
+    slot: int
+    request: int
+    position: int
+    token: int
+    top: Top | None
+
+
+def _ids(tokens: bytes) -> array[int]:
+    ids = array("i")
+    ids.frombytes(tokens)
+    return ids
+
+
+def _sample(row: PrefillRow | DecodeRow, position: int, history: array[int], pending: _Pending) -> _Sampled:
+    token = next_token(history, row.sampling, pending.adjusted.get(row.request, b""))
+    top = likeliest(history, row.sampling.num_top) if row.sampling.num_top else None
+    return _Sampled(row.slot, row.request, position, token, top)
 
 
 class MockExecutor:
@@ -93,6 +201,7 @@ class MockExecutor:
         self._failing: set[int] = set()
         self._poisoned: set[int] = set()
         self._late: list[AnyEvent] = []
+        self._adjusts: dict[int, RowAdjust] = {}
         self.num_steps = 0
         self.moved_pages = 0
 
@@ -112,6 +221,11 @@ class MockExecutor:
             for instance, page, _ in command.shared:
                 require(command.parent in self._owners[instance, page], "fork of a page the parent lacks", command)
                 self._owners[instance, page].add(command.child)
+        elif isinstance(command, Adjust):
+            require(command.request not in self._adjusts, "adjusted twice", command)
+            self._adjusts[command.request] = RowAdjust(command, VOCAB)
+        elif isinstance(command, Forget):
+            del self._adjusts[command.request]
         elif isinstance(command, Reset):
             for instance in command.instances:
                 require(not self._queues[instance], "reset of an instance with steps in flight", command)
@@ -171,9 +285,26 @@ class MockExecutor:
             for copy in command.copies:
                 self._own(command.instance, copy.dst_page, copy.request)
                 self._table.put(copy.request, command.instance, copy.dst_page, copy.run)
-        self._pending[command.step] = _Pending(command, instances, context)
+        self._pending[command.step] = _Pending(command, instances, context, self._observe(command))
         for instance in instances:
             self._queues[instance].append(command.step)
+
+    def _observe(self, command: StepCommand) -> dict[int, bytes]:
+        """The newest tokens go to the mirror; returns what alters the logits of this step's rows."""
+        if isinstance(command, RunPrefill):
+            newest = [(r.request, r.runs[-1].end - 1, _ids(r.tokens)[-1]) for r in command.rows if r.emit]
+        elif isinstance(command, RunDecode):
+            newest = [(row.request, row.position, row.token) for row in command.rows]
+        else:
+            return {}
+        out = {}
+        for request, position, token in newest:
+            adjust = self._adjusts.get(request)
+            if adjust is not None:
+                require(token >= 0 or not adjust.adjustment.needs_history, "penalties one step late", command)
+                adjust.observe(position, token)
+                out[request] = _row_data(adjust, position + 1)
+        return out
 
     def _submit_prefill(self, command: RunPrefill) -> tuple[tuple[Entry, ...], ...]:
         page_tokens, dop = self._cluster.page_tokens, len(command.instances)
@@ -241,9 +372,9 @@ class MockExecutor:
             return StepFailed(step, pending.instances, "injected")
         command = pending.command
         if isinstance(command, RunPrefill):
-            return StepDone(step, *self._run_prefill(command, pending.context))
+            return self._run_prefill(command, pending)
         if isinstance(command, RunDecode):
-            return StepDone(step, *self._run_decode(command, pending.context))
+            return self._run_decode(command, pending)
         if isinstance(command, Migrate):
             for move in command.moves:
                 self._copy(move.src, move.src_page, move.dst, move.dst_page, move.run.first, move.run.count)
@@ -253,17 +384,20 @@ class MockExecutor:
                 self._copy(instance, copy.src_page, instance, copy.dst_page, copy.run.first, copy.run.count)
         return StepDone(step)
 
-    def _run_prefill(
-        self, command: RunPrefill, context: tuple[tuple[Entry, ...], ...]
-    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    def _run_prefill(self, command: RunPrefill, pending: _Pending) -> StepDone:
+        context = pending.context
         read = {(entry.instance, entry.page) for entries in context for entry in entries}
         written = {(h, p) for row in command.rows for h, p in zip(row.homes, row.pages, strict=True)}
         written |= {(move.dst, move.dst_page) for move in command.moves}
         require(not read & written, "one program reads and writes a page", read & written)
-        sampled = []
+        sampled, scores = [], []
         for row, entries in zip(command.rows, context, strict=True):
             known = self._visible(entries)
             known |= self._fresh(row, known)
+            if command.score:
+                scores.append(self._score(row, known))
+            else:
+                require(not row.targets, "targets without a scoring program", row)
             end = row.runs[-1].end
             require(set(range(end)) <= set(known), "prefill over a hole", row.request, end)
             for unit, home, page in zip(
@@ -272,11 +406,26 @@ class MockExecutor:
                 self._pages[home][page] = [(p, known[p]) for p in range(unit.first, unit.end)]
             if row.emit:
                 require(len(known) == end, "emitting row does not end the request", row.request)
-                token = next_token(array("i", [known[p] for p in range(end)]), row.sampling)
-                sampled.append((row.slot, row.request, end, token))
+                history = array("i", [known[p] for p in range(end)])
+                sampled.append(_sample(row, end, history, pending))
         for move in command.moves:
             self._copy(move.src, move.src_page, move.dst, move.dst_page, move.run.first, move.run.count)
-        return self._sampled(command.instances, sampled)
+        return self._done(command.step, command.instances, sampled, tuple(scores))
+
+    @staticmethod
+    def _score(row: PrefillRow, known: dict[int, int]) -> Scores:
+        """What a scoring program says of the tokens after those of the row."""
+        positions, targets = [p for run in row.runs for p in range(run.first, run.end)], _ids(row.targets)
+        require(len(targets) == len(positions), "targets and runs differ", row)
+        before = [array("i", [known[p] for p in range(position + 1)]) for position in positions]
+        values = [score(history, target) for history, target in zip(before, targets, strict=True)]
+        tops = [likeliest(history, row.num_top) for history in before]
+        return Scores(
+            np.array(values, "<f4").tobytes(),
+            row.num_top,
+            np.array([top.tokens for top in tops], "<i4").tobytes(),
+            np.array([top.logprobs for top in tops], "<f4").tobytes(),
+        )
 
     def _fresh(self, row: PrefillRow, known: dict[int, int]) -> dict[int, int]:
         positions = [p for run in row.runs for p in range(run.first, run.end)]
@@ -286,9 +435,8 @@ class MockExecutor:
         require(not known.keys() & set(positions), "INV-5: a position is computed twice", row.request)
         return dict(zip(positions, tokens, strict=True))
 
-    def _run_decode(
-        self, command: RunDecode, context: tuple[tuple[Entry, ...], ...]
-    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    def _run_decode(self, command: RunDecode, pending: _Pending) -> StepDone:
+        context = pending.context
         for row in command.rows:
             token = row.token
             if token < 0:
@@ -308,16 +456,23 @@ class MockExecutor:
             known = self._visible(entries)
             require(len(known) == row.position + 1 == max(known) + 1, "decode over a hole", row, sorted(known))
             history = array("i", [known[p] for p in range(row.position + 1)])
-            sampled.append((row.slot, row.request, row.position + 1, next_token(history, row.sampling)))
-        return self._sampled(command.instances, sampled)
+            sampled.append(_sample(row, row.position + 1, history, pending))
+        return self._done(command.step, command.instances, sampled)
 
-    def _sampled(
-        self, instances: tuple[int, ...], sampled: list[tuple[int, int, int, int]]
-    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        for slot, request, position, token in sampled:
+    def _done(
+        self, step: int, instances: tuple[int, ...], sampled: list[_Sampled], scores: tuple[Scores, ...] = ()
+    ) -> StepDone:
+        for row in sampled:
             for instance in instances:
-                self._last[instance][slot] = (request, position, token)
-        return tuple(s[3] for s in sampled), tuple(-float(s[2]) for s in sampled)
+                self._last[instance][row.slot] = (row.request, row.position, row.token)
+        tops = tuple(row.top for row in sampled)
+        return StepDone(
+            step,
+            tuple(row.token for row in sampled),
+            tuple(-float(row.position) for row in sampled),
+            tops if any(tops) else (),
+            scores,
+        )
 
     def _visible(self, entries: tuple[Entry, ...]) -> dict[int, int]:
         known: dict[int, int] = {}

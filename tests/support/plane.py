@@ -21,6 +21,8 @@ from loong_jax.config import ClusterConfig, LadderConfig
 from loong_jax.executor import Executor
 from loong_jax.programs import Programs
 from loong_jax.types import (
+    Adjust,
+    Adjustment,
     AnyEvent,
     ContextForm,
     CopyPages,
@@ -30,13 +32,16 @@ from loong_jax.types import (
     Migrate,
     PageCopy,
     PageMove,
+    Phase,
     PrefillRow,
     Run,
     RunDecode,
     RunPrefill,
     Sampling,
+    Scores,
     StepCommand,
     StepDone,
+    Top,
     Truncate,
 )
 from tests.support.real_engine import TIE, DataPlane
@@ -55,7 +60,7 @@ CLUSTER = ClusterConfig(
     ring_tokens=64,
     query_tile_tokens=32,
     slots=16,
-    ladder=LadderConfig(prefill_tokens=(64,), decode_rows=(4,), prefill_rows=4, move_pages=8),
+    ladder=LadderConfig(prefill_tokens=(64,), decode_rows=(4,), prefill_rows=4, move_pages=8, score_tokens=(64,)),
 )
 
 
@@ -80,6 +85,10 @@ class Sequence:
         self.prompt_len = self.issued = len(tokens)
         self.rope_len = len(tokens) + MAX_TOKENS
         self.logprobs: list[float] = []
+        self.tops: list[Top] = []
+        self.scores: list[Scores] = []
+        self.adjustment: Adjustment | None = None
+        self.stop_ids: tuple[int, ...] = ()
         self.homes: list[dict[int, Run]] = [{} for _ in range(num_instances)]
 
     @property
@@ -105,10 +114,11 @@ class Sequence:
 
 
 class Issued(NamedTuple):
-    """A step under way: its number and the sequences that get a token from it."""
+    """A step under way: its number, the sequences that get a token from it, and those whose chunk is scored."""
 
     step: int
     emitting: tuple[Sequence, ...]
+    scored: tuple[Sequence, ...] = ()
 
 
 class Plane:
@@ -127,12 +137,23 @@ class Plane:
 
     # ---- requests
 
-    def sequence(self, prompt: int | list[int], sampling: Sampling = GREEDY) -> Sequence:
+    def sequence(
+        self,
+        prompt: int | list[int],
+        sampling: Sampling = GREEDY,
+        adjustment: Adjustment | None = None,
+        stop_ids: tuple[int, ...] = (),
+    ) -> Sequence:
         """A request with this prompt, or a random one of this length."""
         if isinstance(prompt, int):
             prompt = [self._rng.randrange(self.data.model.vocab_size) for _ in range(prompt)]
         self._num_requests += 1
-        return Sequence(self._num_requests - 1, prompt, self.cluster.num_instances, sampling)
+        sequence = Sequence(self._num_requests - 1, prompt, self.cluster.num_instances, sampling)
+        if adjustment is not None:
+            sequence.adjustment, sequence.stop_ids = adjustment, stop_ids
+            ids = np.array(prompt, "<i4").tobytes()
+            self.executor.submit(Adjust(sequence.request, adjustment, ids, len(prompt), stop_ids))
+        return sequence
 
     def fork(self, parent: Sequence, sampling: Sampling) -> Sequence:
         """A child that shares the parent's full pages and copies the others."""
@@ -180,8 +201,9 @@ class Plane:
             assert sequence.generated, "nothing to check"
             prompt = sequence.tokens[: sequence.prompt_len]
             verdict = self.data.judge.check(
-                prompt, sequence.generated, sequence.logprobs, sequence.sampling, tolerance, tie, sequence.rope_len
-            )
+                prompt, sequence.generated, sequence.logprobs, sequence.sampling, tolerance, tie, sequence.rope_len,
+                adjustment=sequence.adjustment, stop_ids=sequence.stop_ids, tops=sequence.tops,
+            )  # fmt: skip
             assert verdict.num_ties == 0 or sequence.sampling.temperature == 0
 
     # ---- steps
@@ -193,11 +215,15 @@ class Plane:
         homes: list[int],
         form: ContextForm = ContextForm.RING,
         rehome: dict[int, int] | None = None,
+        score: int | None = None,
     ) -> RunPrefill:
         """Prefill the next `count` missing tokens of each sequence; the units in order are kept on `homes` (cycled).
-        `rehome` maps an instance to the one all its pages of these sequences move to."""
-        command = self.prefill_command(group, chunks, homes, form, rehome)
-        self.finish(self.issue(command, tuple(s for (s, _), row in zip(chunks, command.rows, strict=True) if row.emit)))
+        `rehome` maps an instance to the one all its pages of these sequences move to; `score`: with scores, and so many
+        likeliest tokens each."""
+        command = self.prefill_command(group, chunks, homes, form, rehome, score)
+        emitting = tuple(s for (s, _), row in zip(chunks, command.rows, strict=True) if row.emit)
+        scored = () if score is None else tuple(s for s, _ in chunks)
+        self.finish(self.issue(command, emitting)._replace(scored=scored))
         return command
 
     def decode(self, group: tuple[int, ...], rows: list[tuple[Sequence, int]], *, on_device: bool = False) -> RunDecode:
@@ -218,6 +244,7 @@ class Plane:
         homes: list[int],
         form: ContextForm = ContextForm.RING,
         rehome: dict[int, int] | None = None,
+        score: int | None = None,
     ) -> RunPrefill:
         planned = [(sequence, _first(sequence.missing(), count)) for sequence, count in chunks]
         moves = self._moves([s for s, _ in chunks], rehome or {})
@@ -232,6 +259,8 @@ class Plane:
             tokens = np.concatenate([sequence.tokens[run.first : run.end] for run in runs]).astype("<i4").tobytes()
             emit = not sequence.missing()
             sequence.issued += emit
+            following = np.concatenate([(sequence.tokens + [0])[run.first + 1 : run.end + 1] for run in runs])
+            targets = b"" if score is None else following.astype("<i4").tobytes()
             rows.append(
                 PrefillRow(
                     sequence.request,
@@ -243,11 +272,14 @@ class Plane:
                     emit,
                     sequence.sampling,
                     sequence.rope_len,
+                    targets,
+                    score or 0,
                 )  # fmt: skip
             )
-        bucket = prefill_bucket(num_units, len(group), self.cluster.ladder, self.cluster.page_tokens)
+        buckets = self.cluster.ladder.buckets(Phase.PREFILL if score is None else Phase.SCORE)
+        bucket = prefill_bucket(num_units, len(group), buckets, self.cluster.page_tokens)
         assert bucket is not None, "the chunk is too large"
-        return RunPrefill(self.next_step(), group, bucket, form, tuple(rows), moves)
+        return RunPrefill(self.next_step(), group, bucket, form, tuple(rows), moves, score is not None)
 
     def decode_command(
         self, group: tuple[int, ...], rows: list[tuple[Sequence, int]], *, on_device: bool = False
@@ -293,6 +325,10 @@ class Plane:
         for sequence, token, logprob in zip(issued.emitting, event.tokens, event.logprobs, strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
+        for sequence, top in zip(issued.emitting, event.tops, strict=False):
+            sequence.tops += [top] if top is not None else []
+        for sequence, scores in zip(issued.scored, event.scores, strict=True):
+            sequence.scores.append(scores)
 
     def next_step(self) -> int:
         self._num_steps += 1

@@ -23,10 +23,11 @@ from loong_jax.executor import Executor
 from loong_jax.model.checkpoint import load_checkpoint
 from loong_jax.model.hf_config import read_config
 from loong_jax.model.oracle import Oracle
-from loong_jax.model.sampling import sample
+from loong_jax.model.sampling import Params, sample
 from loong_jax.program_store import ProgramStore, fingerprint
 from loong_jax.programs import Programs
 from loong_jax.types import (
+    Adjustment,
     AnyCommand,
     AnyEvent,
     CopyPages,
@@ -35,9 +36,12 @@ from loong_jax.types import (
     RunDecode,
     RunPrefill,
     Sampling,
+    Scores,
     StepDone,
     StepFailed,
+    Top,
 )
+from tests.support import sampling_reference as reference
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "models"
@@ -51,9 +55,13 @@ def _chaos_cluster(num_instances: int, tp: int, ladder: LadderConfig) -> Cluster
 
 
 CHAOS_CLUSTERS = {
-    "four": _chaos_cluster(4, 1, LadderConfig((1, 2, 3, 4), (16, 64), (1, 4), prefill_rows=3, move_pages=3)),
-    "eight": _chaos_cluster(8, 1, LadderConfig((1, 2, 3, 8), (16,), (4,), prefill_rows=3, move_pages=3)),
-    "tp2": _chaos_cluster(4, 2, LadderConfig((1, 2, 4), (32,), (4,), prefill_rows=3, move_pages=3)),
+    "four": _chaos_cluster(
+        4, 1, LadderConfig((1, 2, 3, 4), (16, 64), (1, 4), prefill_rows=3, move_pages=3, score_tokens=(16,))
+    ),
+    "eight": _chaos_cluster(
+        8, 1, LadderConfig((1, 2, 3, 8), (16,), (4,), prefill_rows=3, move_pages=3, score_tokens=())
+    ),
+    "tp2": _chaos_cluster(4, 2, LadderConfig((1, 2, 4), (32,), (4,), prefill_rows=3, move_pages=3, score_tokens=())),
 }
 """Small pools and few programs, for schedules that pick at random. Tests that share one share its executables."""
 
@@ -157,15 +165,30 @@ class Judge:
         tolerance: float = 1e-4,
         tie: float = TIE,
         rope_len: int | None = None,
+        *,
+        adjustment: Adjustment | None = None,
+        stop_ids: tuple[int, ...] = (),
+        tops: list[Top] | None = None,
     ) -> Verdict:
-        """Every token is the oracle's after the same history, or a greedy tie; log-probabilities agree. `rope_len`:
-        that of the request, where the rotary embedding depends on it."""
+        """Every token is the oracle's after the same history, or a greedy tie; log-probabilities agree, and so do those
+        of the likeliest tokens, where there are `tops`. `rope_len`: that of the request, where the rotary embedding
+        depends on it."""
         if not tokens:
             return Verdict(0, 0, 0.0)
         history = np.concatenate([np.asarray(prompt, np.int32), np.asarray(tokens[:-1], np.int32)])
-        rows = self.oracle.logprobs(history, rope_len)[len(prompt) - 1 :]
-        worst = float(np.abs(rows[np.arange(len(tokens)), tokens] - np.asarray(logprobs)).max())
+        rows = self.oracle.logits(history, rope_len)[len(prompt) - 1 :]
+        raw = np.stack([reference.logprobs(row) for row in rows])
+        worst = float(np.abs(raw[np.arange(len(tokens)), tokens] - np.asarray(logprobs)).max())
         assert worst < tolerance, f"log-probability off by {worst}"
+        for index, top in enumerate(tops or ()):
+            check_top(raw[index], top.tokens, top.logprobs, sampling.num_top, tolerance)
+        if adjustment is not None:
+            rows = np.stack(
+                [
+                    reference.adjusted(row, adjustment, np.asarray(prompt).tolist(), tokens[:index], stop_ids)
+                    for index, row in enumerate(rows)
+                ]
+            )
         expected = rows.argmax(axis=1) if sampling.temperature == 0 else self._sampled(rows, len(prompt), sampling)
         differ = np.flatnonzero(expected != np.asarray(tokens))
         if sampling.temperature == 0:
@@ -179,15 +202,41 @@ class Judge:
         padded = np.zeros((16 * -(-count // 16), rows.shape[1]), np.float32)  # few shapes, few compilations
         padded[:count] = rows
         full = lambda value, dtype: jnp.full(len(padded), value, dtype)
-        tokens, _ = _sample(
-            jnp.asarray(padded),
+        params = Params(
             full(sampling.temperature, jnp.float32),
             full(sampling.top_k, jnp.int32),
             full(sampling.top_p, jnp.float32),
+            full(sampling.min_p, jnp.float32),
             full(sampling.seed, jnp.uint32),
             jnp.arange(first, first + len(padded), dtype=jnp.int32),
         )
-        return np.asarray(tokens)[:count]
+        return np.asarray(_sample(jnp.asarray(padded), params))[:count]
+
+    def check_scores(self, prompt, scores: list[Scores], num_top: int, tolerance: float = 1e-4) -> None:
+        """Log-probabilities of all prompt tokens but the first."""
+        raw = self.oracle.logprobs(np.asarray(prompt, np.int32))[:-1]
+        logprobs = np.concatenate([np.frombuffer(part.logprobs, "<f4") for part in scores] or [np.zeros(0)])
+        expected = raw[np.arange(len(raw)), np.asarray(prompt)[1:]]
+        np.testing.assert_allclose(logprobs, expected, atol=tolerance)
+        tops = [
+            (tokens, values)
+            for part in scores
+            for tokens, values in zip(
+                np.frombuffer(part.top_tokens, "<i4").reshape(-1, num_top or 1),
+                np.frombuffer(part.top_logprobs, "<f4").reshape(-1, num_top or 1),
+                strict=True,
+            )
+        ]
+        assert len(tops) == (len(raw) if num_top else 0)
+        for row, (tokens, values) in zip(raw, tops, strict=False):
+            check_top(row, tokens, values, num_top, tolerance)
+
+
+def check_top(row: np.ndarray, tokens, logprobs, num_top: int, tolerance: float) -> None:
+    """The likeliest tokens under log-probabilities `row`, in order, but for ties."""
+    assert len(tokens) == len(logprobs) == num_top == len(set(tokens))
+    np.testing.assert_allclose(logprobs, row[list(tokens)], atol=tolerance)
+    np.testing.assert_allclose(logprobs, np.sort(row)[::-1][:num_top], atol=tolerance)
 
 
 _sample = jax.jit(sample)

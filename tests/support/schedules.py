@@ -18,10 +18,12 @@ from loong_jax.config import ClusterConfig
 from loong_jax.manager import Manager
 from loong_jax.types import (
     Aborted,
+    Adjustment,
     AnyCommand,
     AnyEvent,
     Arrived,
     Emit,
+    EmitScores,
     Finish,
     FinishReason,
     Forked,
@@ -32,8 +34,10 @@ from loong_jax.types import (
     ProgramReady,
     Reject,
     Sampling,
+    Scores,
     Stopped,
     Tick,
+    Top,
 )
 
 
@@ -64,6 +68,9 @@ class ScheduleConfig(NamedTuple):
     p_fail: float = 0.01
     p_lose: float = 0.003
     p_stop_ids: float = 0.3
+    p_adjust: float = 0.35
+    p_top: float = 0.2
+    p_score: float = 0.15  # where the ladder has scoring programs
     greedy: bool = False
     wait_s: float = 120.0
     max_rounds: int = 20_000
@@ -80,6 +87,10 @@ class Outcome(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     end: Finish | Reject
+    adjustment: Adjustment | None
+    num_prompt_top: int | None
+    tops: list[Top]
+    scores: list[Scores]
 
 
 class ScheduleRun(NamedTuple):
@@ -89,10 +100,22 @@ class ScheduleRun(NamedTuple):
 
 
 class _Live:
-    def __init__(self, history: array[int], sampling: Sampling, stop_ids: tuple[int, ...], max_tokens: int) -> None:
+    def __init__(
+        self,
+        history: array[int],
+        sampling: Sampling,
+        stop_ids: tuple[int, ...],
+        max_tokens: int,
+        adjustment: Adjustment | None,
+        num_prompt_top: int | None = None,
+    ) -> None:
         self.history, self.sampling, self.stop_ids, self.max_tokens = history, sampling, stop_ids, max_tokens
+        self.adjustment, self.num_prompt_top = adjustment, num_prompt_top
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.tops: list[Top] = []
+        self.scores: list[Scores] = []
+        self.num_scored = 1
 
 
 def arcs(cluster: ClusterConfig) -> list[tuple[Program, tuple[int, ...]]]:
@@ -158,12 +181,15 @@ class Schedule:
             command = codec.decode_command(data)
             if isinstance(command, Emit):
                 self._emit(command)
+            elif isinstance(command, EmitScores):
+                self._emit_scores(command)
             elif isinstance(command, Finish | Reject):
                 live = self.live.pop(command.request)  # KeyError: ended twice, INV-1
                 self.outcomes.append(
                     Outcome(
                         command.request, live.history, live.sampling, live.stop_ids, live.max_tokens,
-                        live.tokens, live.logprobs, command,
+                        live.tokens, live.logprobs, command, live.adjustment, live.num_prompt_top, live.tops,
+                        live.scores,
                     )
                 )  # fmt: skip
             else:
@@ -175,6 +201,15 @@ class Schedule:
         assert command.index == len(live.tokens), f"INV-1: token {command.index} of {command.request} out of order"
         live.tokens += command.tokens
         live.logprobs += command.logprobs
+        live.tops += command.tops
+        assert len(live.tops) == (len(live.tokens) if live.sampling.num_top else 0)
+
+    def _emit_scores(self, command: EmitScores) -> None:
+        live = self.live[command.request]
+        assert live.num_prompt_top == command.scores.k, "scores nobody asked for"
+        assert command.first == live.num_scored, f"INV-1: scores from {command.first} of {command.request} out of order"
+        live.num_scored += len(command.scores.logprobs) // 4
+        live.scores.append(command.scores)
 
     # ---- what happens
 
@@ -205,9 +240,26 @@ class Schedule:
             self.handle(Tick())
 
     def _sampling(self) -> Sampling:
-        greedy = self.config.greedy or self.rng.random() < 0.5
-        seed = self.rng.getrandbits(31)
-        return Sampling(seed=seed) if greedy else Sampling(temperature=0.8, top_k=20, top_p=0.95, seed=seed)
+        rng = self.rng
+        greedy = self.config.greedy or rng.random() < 0.5
+        seed = rng.getrandbits(31)
+        num_top = rng.choice((1, 5, 20)) if rng.random() < self.config.p_top else 0
+        if greedy:
+            return Sampling(seed=seed, num_top=num_top)
+        min_p = rng.choice((0.0, 0.05))
+        return Sampling(temperature=0.8, top_k=20, top_p=0.95, seed=seed, min_p=min_p, num_top=num_top)
+
+    def _adjustment(self) -> Adjustment | None:
+        """Half of them with penalties, whose rows are never one step late."""
+        rng, vocab = self.rng, self.config.vocab
+        if rng.random() >= self.config.p_adjust:
+            return None
+        bias = {rng.randrange(vocab): rng.choice((-100.0, -1.5, 2.0)) for _ in range(rng.choice((0, 1, 8)))}
+        adjustment = Adjustment(tuple(sorted(bias.items())), rng.choice((0, 0, 3, 50)))
+        if rng.random() < 0.5:
+            return adjustment
+        penalties = (rng.choice((1.0, 1.2, 0.8)), rng.choice((0.0, 0.4, -0.5)), rng.choice((0.0, 0.3, -0.6)))
+        return Adjustment(adjustment.logit_bias, adjustment.min_tokens, *penalties)
 
     def _arrive(self) -> None:
         rng, config = self.rng, self.config
@@ -216,17 +268,35 @@ class Schedule:
         prompt = array("i", [rng.randrange(config.vocab) for _ in range(length)])
         num_stop_ids = 2 if rng.random() < config.p_stop_ids else 0
         stop_ids = tuple(rng.randrange(config.vocab) for _ in range(num_stop_ids))
-        live = _Live(prompt, self._sampling(), stop_ids, rng.randint(1, config.max_new_tokens))
+        scored = self.manager.state.cluster.ladder.score_tokens and rng.random() < config.p_score
+        num_prompt_top = rng.choice((0, 3, 20)) if scored else None
+        live = _Live(
+            prompt,
+            self._sampling(),
+            stop_ids,
+            rng.randint(1, config.max_new_tokens),
+            self._adjustment(),
+            num_prompt_top,
+        )
         request, self.next_request = self.next_request, self.next_request + 1
         self.live[request] = live
-        self.handle(Arrived(request, prompt.tobytes(), live.max_tokens, live.sampling, stop_ids))
+        self.handle(
+            Arrived(
+                request, prompt.tobytes(), live.max_tokens, live.sampling, stop_ids, live.adjustment, num_prompt_top
+            )
+        )
+        if rng.random() < config.p_fork:
+            self._fork(request, live)  # at the prompt, before anything is known
 
     def _fork(self, parent: int, live: _Live) -> None:
-        history = live.history + array("i", live.tokens)
-        child = _Live(history, self._sampling(), live.stop_ids, self.rng.randint(1, self.config.max_new_tokens))
+        """From all tokens, or from the prompt, as the choices of one request are."""
+        known = len(live.history) if self.rng.random() < 0.5 or not live.tokens else 0
+        history = array("i", live.history) if known else live.history + array("i", live.tokens)
+        max_tokens = self.rng.randint(1, self.config.max_new_tokens)
+        child = _Live(history, self._sampling(), live.stop_ids, max_tokens, self._adjustment())
         request, self.next_request = self.next_request, self.next_request + 1
         self.live[request] = child
-        self.handle(Forked(parent, request, child.max_tokens, child.sampling, child.stop_ids))
+        self.handle(Forked(parent, request, child.max_tokens, child.sampling, child.stop_ids, child.adjustment, known))
 
     def _break_something(self) -> None:
         rng, config, controls = self.rng, self.config, self.controls
@@ -265,19 +335,25 @@ def replay(run: ScheduleRun, manager: Manager) -> None:
         assert commands == expected, f"INV-7: event {index} {event}\n{manager.describe()}"
 
 
-def expected_tokens(outcome: Outcome, oracle: Callable[[array[int], Sampling, int], list[int]]) -> list[int]:
+Oracle = Callable[[array, Sampling, int, Adjustment | None, tuple[int, ...]], list[int]]
+
+
+def expected_tokens(outcome: Outcome, oracle: Oracle) -> list[int]:
     """What the oracle says the request's stream is a prefix of: cut at its first stop id."""
-    tokens = oracle(outcome.history, outcome.sampling, outcome.max_tokens)
+    tokens = oracle(outcome.history, outcome.sampling, outcome.max_tokens, outcome.adjustment, outcome.stop_ids)
     for index, token in enumerate(tokens):
         if token in outcome.stop_ids:
             return tokens[: index + 1]
     return tokens
 
 
-def check_outcome(outcome: Outcome, oracle: Callable[[array[int], Sampling, int], list[int]]) -> None:
+def check_outcome(outcome: Outcome, oracle: Oracle) -> None:
     """INV-11: the stream is a prefix of the oracle's; all of it when the request ran to its own end."""
     expected = expected_tokens(outcome, oracle)
     assert outcome.tokens == expected[: len(outcome.tokens)], (outcome, expected)
+    if outcome.tokens and outcome.num_prompt_top is not None:
+        scored = sum(len(part.logprobs) // 4 for part in outcome.scores)
+        assert scored == len(outcome.history) - 1, "the prompt's scores come before the first token"
     if isinstance(outcome.end, Reject):
         assert not outcome.tokens
     elif outcome.end.reason is FinishReason.LENGTH:

@@ -8,10 +8,12 @@ from loong_jax.esp.layout import OWN_FIELDS, Layout, bits_to_float, float_to_bit
 from loong_jax.types import Phase, Program
 from tests.support.plane import CLUSTER
 
+VOCAB = 500
+
 
 @pytest.mark.parametrize("phase", list(Phase))
 def test_pack_and_unpack(phase):
-    shape = step_shape(Program(phase, 2, 64), CLUSTER, "cpu")
+    shape = step_shape(Program(phase, 2, 64), CLUSTER, "cpu", VOCAB)
     layout = layout_of(phase, shape)
     packed = np.zeros((2, layout.size), np.int32)
     rng, written = np.random.default_rng(0), {}
@@ -42,12 +44,12 @@ def test_floats_travel_as_bits():
 
 
 def test_shapes_of_programs():
-    prefill = step_shape(Program(Phase.PREFILL, 3, 64), CLUSTER, "cpu")
+    prefill = step_shape(Program(Phase.PREFILL, 3, 64), CLUSTER, "cpu", VOCAB)
     assert (prefill.num_units, prefill.ring_pages, prefill.query_tile_units) == (4, 4, 2)
     # a chunk of fewer units than a query tile, and one that a tile does not divide
-    assert step_shape(Program(Phase.PREFILL, 3, 16), CLUSTER, "cpu").query_tile_units == 1
-    assert step_shape(Program(Phase.PREFILL, 3, 48), CLUSTER, "cpu").query_tile_units == 1
-    decode = step_shape(Program(Phase.DECODE, 3, 8), CLUSTER, "cpu")
+    assert step_shape(Program(Phase.PREFILL, 3, 16), CLUSTER, "cpu", VOCAB).query_tile_units == 1
+    assert step_shape(Program(Phase.PREFILL, 3, 48), CLUSTER, "cpu", VOCAB).query_tile_units == 1
+    decode = step_shape(Program(Phase.DECODE, 3, 8), CLUSTER, "cpu", VOCAB)
     # a step brings at most a page for each row; two for each, and some, so that a regrouped table catches up
     assert decode.num_deltas == 48
     assert layout_of(Phase.DECODE, decode).size == 8 * len(OWN_FIELDS) + 2 * 24 * 2 + 48 * 4

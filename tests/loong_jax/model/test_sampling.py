@@ -4,23 +4,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from loong_jax.model.sampling import PREFILTER, sample
+from loong_jax.model.sampling import PREFILTER, Params, likeliest, logprobs_of, sample
+from loong_jax.types import Sampling
+from tests.support import sampling_reference as reference
 
-SAMPLE = jax.jit(sample)
+
+@jax.jit
+def sample_all(logits, params: Params):
+    tokens = sample(logits, params)
+    return tokens, logprobs_of(logits, tokens)
 
 
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0):
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
     rows = len(logits)
     full = lambda value, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
-    tokens, logprobs = SAMPLE(
-        jnp.asarray(logits, jnp.float32),
+    params = Params(
         full(temperature, jnp.float32),
         full(top_k, jnp.int32),
         full(top_p, jnp.float32),
+        full(min_p, jnp.float32),
         full(seed, jnp.uint32),
         full(position, jnp.int32),
     )
+    tokens, logprobs = sample_all(jnp.asarray(logits, jnp.float32), params)
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -84,6 +93,7 @@ def test_a_row_does_not_depend_on_its_batch():
         "temperature": np.array([1.0, 0.0, 0.5, 2.0, 1.0, 3.0]),
         "top_k": np.array([0, 0, 5, 0, 300, 0]),
         "top_p": np.array([1.0, 1.0, 0.9, 0.7, 1.0, 0.99]),
+        "min_p": np.array([0.2, 0.9, 0.0, 0.0, 0.1, 0.0]),
         "seed": np.arange(6),
         "position": np.arange(6) * 100,
     }
@@ -106,3 +116,65 @@ def test_tiny_temperature_is_greedy_and_finite():
     tokens, logprobs = draw(logits, temperature=1e-30, top_p=0.5)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     assert np.isfinite(logprobs).all()
+
+
+NUM_ROWS, VOCAB = 8, 300
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.builds(
+            Sampling,
+            temperature=st.sampled_from((0.0, 0.01, 0.3, 1.0, 2.5, 100.0)),
+            top_k=st.sampled_from((0, 0, 1, 3, 40, 280, 300)),
+            top_p=st.sampled_from((1.0, 1.0, 0.05, 0.4, 0.9, 0.999)),
+            min_p=st.sampled_from((0.0, 0.0, 0.01, 0.2, 0.9, 1.0)),
+            seed=st.integers(0, 2**32 - 1),
+        ),
+        min_size=NUM_ROWS,
+        max_size=NUM_ROWS,
+    ),
+    st.integers(0, 2**20),
+)
+def test_every_combination_is_the_definition(samplings: list[Sampling], position: int):
+    """A token is the definition's; only where two candidates differ by rounding may it be the other."""
+    logits = random_logits(NUM_ROWS, VOCAB, seed=position, scale=3.0).astype(np.float32)
+    fields = {name: np.array([getattr(s, name) for s in samplings]) for name in Sampling.__struct_fields__[:-1]}
+    tokens, _ = draw(logits, position=position, **fields)
+    for row, sampling in enumerate(samplings):
+        scores = reference.scores(logits[row], sampling, position)
+        # The filters cut at a sum of float32: which of two neighbours at the cut is the last may differ.
+        if np.argmax(scores) != tokens[row]:
+            looser = Sampling(
+                sampling.temperature, sampling.top_k, min(1.0, sampling.top_p * (1 + 1e-5)), sampling.seed,
+                sampling.min_p * (1 - 1e-5),
+            )  # fmt: skip
+            tighter = Sampling(
+                sampling.temperature, sampling.top_k, sampling.top_p * (1 - 1e-5), sampling.seed,
+                sampling.min_p * (1 + 1e-5),
+            )  # fmt: skip
+            others = [reference.scores(logits[row], other, position) for other in (looser, tighter)]
+            near = [s for s in (scores, *others) if s[tokens[row]] >= s.max() - 1e-4]
+            assert near, (sampling, position)
+
+
+def test_min_p_comes_before_top_p():
+    """Of 0.5, 0.3, 0.15, 0.05, min-p 0.4 leaves the first two; three quarters of *their* mass need both."""
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    tokens, _ = draw(np.tile(logits, (2000, 1)), min_p=0.4, top_p=0.6, position=np.arange(2000))
+    assert set(tokens.tolist()) == {0}
+    tokens, _ = draw(np.tile(logits, (2000, 1)), min_p=0.4, top_p=0.75, position=np.arange(2000))
+    assert set(tokens.tolist()) == {0, 1}
+
+
+def test_likeliest_tokens_are_those_of_the_raw_logits():
+    logits = random_logits(5, 300)
+    tokens, logprobs = jax.jit(likeliest, static_argnums=1)(jnp.asarray(logits, jnp.float32), 20, jnp.array(True))
+    order = np.argsort(-logits, axis=1)[:, :20]
+    np.testing.assert_array_equal(tokens, order)
+    expected = np.stack([reference.logprobs(row) for row in logits])
+    np.testing.assert_allclose(logprobs, np.take_along_axis(expected, order, 1), atol=1e-5)
+    tokens, logprobs = likeliest(jnp.asarray(logits, jnp.float32), 20, jnp.array(False))
+    assert not np.any(tokens)
+    assert not np.any(logprobs)

@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14loong/v1/loong.proto\x12\x08loong.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x08Messages\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.loong.v1.Message\"\xb2\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.loong.v1.TokenIdsH\x00\x12&\n\x08messages\x18\t \x01(\x0b\x32\x12.loong.v1.MessagesH\x00\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x01\x88\x01\x01\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.loong.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_request_idB\r\n\x0b_max_tokens\"\x92\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"g\n\x10GenerateResponse\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x10.loong.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x12.loong.v1.FinishedH\x00\x42\x07\n\x05\x65vent\";\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xce\x01\n\x08\x46inished\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.loong.v1.FinishReason\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.loong.v1.Usage\x12%\n\x0b\x64op_history\x18\x03 \x03(\x0b\x32\x10.loong.v1.DopRun\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x19\n\x0cmatched_stop\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_matched_stop\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\"W\n\x06\x44opRun\x12\x1e\n\x05phase\x18\x01 \x01(\x0e\x32\x0f.loong.v1.Phase\x12\x0b\n\x03\x64op\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\x12\x10\n\x08start_us\x18\x04 \x01(\x03\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x11\n\x0fGetStateRequest\"=\n\x11WatchStateRequest\x12\x18\n\x0binterval_ms\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x0e\n\x0c_interval_ms\"\xf2\x01\n\x05State\x12\x0e\n\x06now_us\x18\x01 \x01(\x03\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x1f\n\x06groups\x18\x04 \x03(\x0b\x32\x0f.loong.v1.Group\x12%\n\tinstances\x18\x05 \x03(\x0b\x32\x12.loong.v1.Instance\x12$\n\x08\x63ounters\x18\x06 \x01(\x0b\x32\x12.loong.v1.Counters\x12\x18\n\x10requests_running\x18\x07 \x01(\x03\x12\x18\n\x10requests_waiting\x18\x08 \x01(\x03\x12\x16\n\x0eprograms_ready\x18\t \x01(\x03\"o\n\x05Group\x12\x1e\n\x05phase\x18\x01 \x01(\x0e\x32\x0f.loong.v1.Phase\x12\x0b\n\x03\x64op\x18\x02 \x01(\x05\x12\x11\n\tinstances\x18\x03 \x03(\x05\x12\x10\n\x08requests\x18\x04 \x01(\x03\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x01\"Q\n\x08Instance\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\npages_used\x18\x02 \x01(\x03\x12\x13\n\x0bpages_total\x18\x03 \x01(\x03\x12\r\n\x05\x61live\x18\x04 \x01(\x08\"\xc8\x02\n\x08\x43ounters\x12\x11\n\tscale_ups\x18\x01 \x01(\x03\x12\x13\n\x0bscale_downs\x18\x02 \x01(\x03\x12\x19\n\x11kv_bytes_migrated\x18\x03 \x01(\x03\x12\x18\n\x10kv_bytes_rehomed\x18\x04 \x01(\x03\x12\x1c\n\x14\x63ompiles_after_ready\x18\x05 \x01(\x03\x12\x15\n\rsteps_prefill\x18\x06 \x01(\x03\x12\x14\n\x0csteps_decode\x18\x07 \x01(\x03\x12\x18\n\x10tokens_prefilled\x18\x08 \x01(\x03\x12\x18\n\x10tokens_generated\x18\t \x01(\x03\x12\x19\n\x11requests_finished\x18\n \x01(\x03\x12\x18\n\x10requests_refused\x18\x0b \x01(\x03\x12\x14\n\x0csteps_failed\x18\x0c \x01(\x03\x12\x15\n\rengine_cpu_us\x18\r \x01(\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREFILL\x10\x01\x12\x10\n\x0cPHASE_DECODE\x10\x02\x32\xfc\x01\n\x05Loong\x12\x43\n\x08Generate\x12\x19.loong.v1.GenerateRequest\x1a\x1a.loong.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.loong.v1.AbortRequest\x1a\x17.loong.v1.AbortResponse\x12\x36\n\x08GetState\x12\x19.loong.v1.GetStateRequest\x1a\x0f.loong.v1.State\x12<\n\nWatchState\x12\x1b.loong.v1.WatchStateRequest\x1a\x0f.loong.v1.State0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14loong/v1/loong.proto\x12\x08loong.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x08Messages\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.loong.v1.Message\"\xfa\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.loong.v1.TokenIdsH\x00\x12&\n\x08messages\x18\t \x01(\x0b\x32\x12.loong.v1.MessagesH\x00\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x01\x88\x01\x01\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.loong.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x0e\n\x01n\x18\n \x01(\x03H\x03\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\x03H\x04\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_request_idB\r\n\x0b_max_tokensB\x04\n\x02_nB\x12\n\x10_prompt_logprobs\"\x95\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12;\n\nlogit_bias\x18\n \x03(\x0b\x32\'.loong.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\x03H\t\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0f\n\r_top_logprobs\"\x9c\x01\n\x10GenerateResponse\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x10.loong.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x12.loong.v1.FinishedH\x00\x12\x33\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x18.loong.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"o\n\x0ePromptLogprobs\x12\r\n\x05\x66irst\x18\x01 \x01(\x03\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0f\n\x07num_top\x18\x03 \x01(\x05\x12\x15\n\rtop_token_ids\x18\x04 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"x\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12+\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x15.loong.v1.TopLogprobs\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\x05\"\xde\x01\n\x08\x46inished\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.loong.v1.FinishReason\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.loong.v1.Usage\x12%\n\x0b\x64op_history\x18\x03 \x03(\x0b\x32\x10.loong.v1.DopRun\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x19\n\x0cmatched_stop\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\x05\x42\x0f\n\r_matched_stop\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\"W\n\x06\x44opRun\x12\x1e\n\x05phase\x18\x01 \x01(\x0e\x32\x0f.loong.v1.Phase\x12\x0b\n\x03\x64op\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\x12\x10\n\x08start_us\x18\x04 \x01(\x03\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x11\n\x0fGetStateRequest\"=\n\x11WatchStateRequest\x12\x18\n\x0binterval_ms\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x0e\n\x0c_interval_ms\"\xf2\x01\n\x05State\x12\x0e\n\x06now_us\x18\x01 \x01(\x03\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x1f\n\x06groups\x18\x04 \x03(\x0b\x32\x0f.loong.v1.Group\x12%\n\tinstances\x18\x05 \x03(\x0b\x32\x12.loong.v1.Instance\x12$\n\x08\x63ounters\x18\x06 \x01(\x0b\x32\x12.loong.v1.Counters\x12\x18\n\x10requests_running\x18\x07 \x01(\x03\x12\x18\n\x10requests_waiting\x18\x08 \x01(\x03\x12\x16\n\x0eprograms_ready\x18\t \x01(\x03\"o\n\x05Group\x12\x1e\n\x05phase\x18\x01 \x01(\x0e\x32\x0f.loong.v1.Phase\x12\x0b\n\x03\x64op\x18\x02 \x01(\x05\x12\x11\n\tinstances\x18\x03 \x03(\x05\x12\x10\n\x08requests\x18\x04 \x01(\x03\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x01\"Q\n\x08Instance\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\npages_used\x18\x02 \x01(\x03\x12\x13\n\x0bpages_total\x18\x03 \x01(\x03\x12\r\n\x05\x61live\x18\x04 \x01(\x08\"\xc8\x02\n\x08\x43ounters\x12\x11\n\tscale_ups\x18\x01 \x01(\x03\x12\x13\n\x0bscale_downs\x18\x02 \x01(\x03\x12\x19\n\x11kv_bytes_migrated\x18\x03 \x01(\x03\x12\x18\n\x10kv_bytes_rehomed\x18\x04 \x01(\x03\x12\x1c\n\x14\x63ompiles_after_ready\x18\x05 \x01(\x03\x12\x15\n\rsteps_prefill\x18\x06 \x01(\x03\x12\x14\n\x0csteps_decode\x18\x07 \x01(\x03\x12\x18\n\x10tokens_prefilled\x18\x08 \x01(\x03\x12\x18\n\x10tokens_generated\x18\t \x01(\x03\x12\x19\n\x11requests_finished\x18\n \x01(\x03\x12\x18\n\x10requests_refused\x18\x0b \x01(\x03\x12\x14\n\x0csteps_failed\x18\x0c \x01(\x03\x12\x15\n\rengine_cpu_us\x18\r \x01(\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREFILL\x10\x01\x12\x10\n\x0cPHASE_DECODE\x10\x02\x32\xfc\x01\n\x05Loong\x12\x43\n\x08Generate\x12\x19.loong.v1.GenerateRequest\x1a\x1a.loong.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.loong.v1.AbortRequest\x1a\x17.loong.v1.AbortResponse\x12\x36\n\x08GetState\x12\x19.loong.v1.GetStateRequest\x1a\x0f.loong.v1.State\x12<\n\nWatchState\x12\x1b.loong.v1.WatchStateRequest\x1a\x0f.loong.v1.State0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loong.v1.loong_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2038
-  _globals['_FINISHREASON']._serialized_end=2158
-  _globals['_PHASE']._serialized_start=2160
-  _globals['_PHASE']._serialized_end=2227
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2793
+  _globals['_FINISHREASON']._serialized_end=2913
+  _globals['_PHASE']._serialized_start=2915
+  _globals['_PHASE']._serialized_end=2982
   _globals['_TOKENIDS']._serialized_start=34
   _globals['_TOKENIDS']._serialized_end=57
   _globals['_MESSAGE']._serialized_start=59
@@ -42,35 +44,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGES']._serialized_start=101
   _globals['_MESSAGES']._serialized_end=148
   _globals['_GENERATEREQUEST']._serialized_start=151
-  _globals['_GENERATEREQUEST']._serialized_end=457
-  _globals['_SAMPLINGPARAMS']._serialized_start=460
-  _globals['_SAMPLINGPARAMS']._serialized_end=606
-  _globals['_GENERATERESPONSE']._serialized_start=608
-  _globals['_GENERATERESPONSE']._serialized_end=711
-  _globals['_TOKENS']._serialized_start=713
-  _globals['_TOKENS']._serialized_end=772
-  _globals['_FINISHED']._serialized_start=775
-  _globals['_FINISHED']._serialized_end=981
-  _globals['_USAGE']._serialized_start=983
-  _globals['_USAGE']._serialized_end=1040
-  _globals['_DOPRUN']._serialized_start=1042
-  _globals['_DOPRUN']._serialized_end=1129
-  _globals['_ABORTREQUEST']._serialized_start=1131
-  _globals['_ABORTREQUEST']._serialized_end=1165
-  _globals['_ABORTRESPONSE']._serialized_start=1167
-  _globals['_ABORTRESPONSE']._serialized_end=1182
-  _globals['_GETSTATEREQUEST']._serialized_start=1184
-  _globals['_GETSTATEREQUEST']._serialized_end=1201
-  _globals['_WATCHSTATEREQUEST']._serialized_start=1203
-  _globals['_WATCHSTATEREQUEST']._serialized_end=1264
-  _globals['_STATE']._serialized_start=1267
-  _globals['_STATE']._serialized_end=1509
-  _globals['_GROUP']._serialized_start=1511
-  _globals['_GROUP']._serialized_end=1622
-  _globals['_INSTANCE']._serialized_start=1624
-  _globals['_INSTANCE']._serialized_end=1705
-  _globals['_COUNTERS']._serialized_start=1708
-  _globals['_COUNTERS']._serialized_end=2036
-  _globals['_LOONG']._serialized_start=2230
-  _globals['_LOONG']._serialized_end=2482
+  _globals['_GENERATEREQUEST']._serialized_end=529
+  _globals['_SAMPLINGPARAMS']._serialized_start=532
+  _globals['_SAMPLINGPARAMS']._serialized_end=1065
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=864
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=912
+  _globals['_GENERATERESPONSE']._serialized_start=1068
+  _globals['_GENERATERESPONSE']._serialized_end=1224
+  _globals['_TOPLOGPROBS']._serialized_start=1226
+  _globals['_TOPLOGPROBS']._serialized_end=1276
+  _globals['_PROMPTLOGPROBS']._serialized_start=1278
+  _globals['_PROMPTLOGPROBS']._serialized_end=1389
+  _globals['_TOKENS']._serialized_start=1391
+  _globals['_TOKENS']._serialized_end=1511
+  _globals['_FINISHED']._serialized_start=1514
+  _globals['_FINISHED']._serialized_end=1736
+  _globals['_USAGE']._serialized_start=1738
+  _globals['_USAGE']._serialized_end=1795
+  _globals['_DOPRUN']._serialized_start=1797
+  _globals['_DOPRUN']._serialized_end=1884
+  _globals['_ABORTREQUEST']._serialized_start=1886
+  _globals['_ABORTREQUEST']._serialized_end=1920
+  _globals['_ABORTRESPONSE']._serialized_start=1922
+  _globals['_ABORTRESPONSE']._serialized_end=1937
+  _globals['_GETSTATEREQUEST']._serialized_start=1939
+  _globals['_GETSTATEREQUEST']._serialized_end=1956
+  _globals['_WATCHSTATEREQUEST']._serialized_start=1958
+  _globals['_WATCHSTATEREQUEST']._serialized_end=2019
+  _globals['_STATE']._serialized_start=2022
+  _globals['_STATE']._serialized_end=2264
+  _globals['_GROUP']._serialized_start=2266
+  _globals['_GROUP']._serialized_end=2377
+  _globals['_INSTANCE']._serialized_start=2379
+  _globals['_INSTANCE']._serialized_end=2460
+  _globals['_COUNTERS']._serialized_start=2463
+  _globals['_COUNTERS']._serialized_end=2791
+  _globals['_LOONG']._serialized_start=2985
+  _globals['_LOONG']._serialized_end=3237
 # @@protoc_insertion_point(module_scope)

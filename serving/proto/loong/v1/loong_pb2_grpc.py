@@ -60,7 +60,8 @@ class LoongServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generates tokens for one prompt. The stream carries any number of `tokens`, then exactly one `finished`.
+        """Generates tokens for one prompt. The stream carries any number of `tokens`, then exactly one `finished`, for each
+        choice; the choices come mixed.
         The request id is echoed in the initial metadata (`request-id`), sent when the request has been admitted to the
         queue. Cancelling the call frees the request's memory.
 

@@ -1,0 +1,86 @@
+"""The host's mirror of what alters the logits of adjusted requests: biases, bans, and the tokens counted so far.
+
+What it is: one `RowAdjust` per adjusted request, fed by its rows: each emitting row of a request with penalties names
+the newest token, so a command carries one token however long the text is, and every process of an engine counts alike.
+What it is not: the arithmetic on logits (`model/adjust.py`), or anything that knows JAX.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loong_jax.types import Adjust, Adjustment
+
+BAN = -1e30
+"""Added to a logit that must not be sampled: far below every other, and finite whatever is done to it later."""
+
+TOKEN, BEFORE, AFTER = range(3)
+"""Columns of an entry: the token, bits of the addend before the repetition penalty, and after it."""
+
+
+def max_entries(adjustment: Adjustment, stop_ids: tuple[int, ...], max_tokens: int, vocab_size: int) -> int:
+    """Most entries a request may come to need: what `ClusterConfig.adjust_tokens` bounds."""
+    banned = stop_ids if adjustment.min_tokens else ()
+    fixed = len({token for token, _ in adjustment.logit_bias} | set(banned))
+    return min(vocab_size, fixed + (max_tokens - 1 if adjustment.counts_output else 0))
+
+
+class RowAdjust:
+    """`entries` `[num, 3]` int32 and `seen` `[word]` int32 are what a row of the step gets, but for the bans."""
+
+    def __init__(self, command: Adjust, vocab_size: int):
+        self.adjustment = adjustment = command.adjustment
+        self._num_prompt = command.num_prompt
+        self._num_counted = command.num_prompt
+        self._banned = dict.fromkeys(command.stop_ids if adjustment.min_tokens else ())
+        bias = dict(adjustment.logit_bias)
+        tokens = [*self._banned, *(token for token in bias if token not in self._banned)]
+        self._index = {token: index for index, token in enumerate(tokens)}
+        self._counts: dict[int, int] = {}
+        self._entries = np.zeros((max(16, len(tokens)), 3), np.int32)
+        self._entries[: len(tokens), TOKEN] = tokens
+        self._entries[: len(tokens), BEFORE] = _bits([bias.get(token, 0.0) for token in tokens])
+        self._seen = np.zeros(-(-vocab_size // 32), np.uint32)
+        if adjustment.repetition_penalty != 1:
+            prompt = np.unique(np.frombuffer(command.prompt, "<i4"))
+            np.bitwise_or.at(self._seen, prompt // 32, np.left_shift(np.uint32(1), (prompt % 32).astype(np.uint32)))
+
+    @property
+    def num_entries(self) -> int:
+        return len(self._index)
+
+    def observe(self, position: int, token: int) -> None:
+        """`token` is the newest one of the text, at `position`. Telling it again changes nothing."""
+        if not self.adjustment.needs_history or position < self._num_counted:
+            return
+        assert position == self._num_counted, f"token {position} is told before token {self._num_counted}"
+        self._num_counted = position + 1
+        if self.adjustment.repetition_penalty != 1:
+            self._seen[token // 32] |= np.uint32(1 << (token % 32))
+        if self.adjustment.counts_output:
+            self._count(token)
+
+    def _count(self, token: int) -> None:
+        count = self._counts[token] = self._counts.get(token, 0) + 1
+        index = self._index.setdefault(token, len(self._index))
+        if index == len(self._entries):
+            self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)])
+        penalty = self.adjustment.presence_penalty + self.adjustment.frequency_penalty * count
+        self._entries[index, TOKEN] = token
+        self._entries[index, AFTER] = _bits(-penalty)
+
+    def write(self, fields: dict[str, np.ndarray], at: tuple[int, ...], position: int) -> None:
+        """Fill row `at` of the fields of `adjust_layout`, to sample the token at `position`."""
+        num_entries = len(self._index)
+        fields["num_entries"][at] = num_entries
+        entries = fields["entries"][at]
+        entries[:num_entries] = self._entries[:num_entries]
+        if self._banned and position - self._num_prompt < self.adjustment.min_tokens:
+            entries[: len(self._banned), BEFORE] = _bits(BAN)
+        if self.adjustment.repetition_penalty != 1:
+            fields["repetition"][at] = _bits(self.adjustment.repetition_penalty)
+            fields["seen"][at] = self._seen.view(np.int32)
+
+
+def _bits(values) -> np.ndarray:
+    return np.asarray(values, np.float32).view(np.int32)
