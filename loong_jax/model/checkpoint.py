@@ -7,6 +7,7 @@ configuration (`hf_config.py`) or the model (`decoder.py`).
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from loong_jax.model.safetensors_reader import SafetensorsReader
 
 # jaxlib has no stubs: to a type checker jax.Device is a variable.
 Device = Any
+
+_NUM_THREADS = 4
+"""That read and transpose blocks of a leaf at once: reading waits for the disk, and most of the rest for memory."""
 
 Progress = Callable[[int, int], None]
 """progress(bytes done, bytes in all)."""
@@ -48,7 +52,7 @@ def load_checkpoint(
     Raises CheckpointError naming file and tensor, before anything is placed; ConfigError if tp cannot divide the model.
     """
     ranks = [rank for rank in range(tp) if any(row[rank] is not None for row in devices)]
-    with open_tensors(directory) as tensors:
+    with open_tensors(directory) as tensors, ThreadPoolExecutor(_NUM_THREADS, "loong-read") as threads:
         sizes = {
             p.name: tensors.check(p.name, p.shape, config.dtype)
             for leaf in leaves_of(config, tp, 0)
@@ -60,7 +64,7 @@ def load_checkpoint(
         for leaves in zip(*(leaves_of(config, tp, rank) for rank in ranks), strict=True):
             for rank, leaf in zip(ranks, leaves, strict=True):
                 struct = _at(structs, leaf.path)
-                host = leaf.read(tensors, struct.shape[1:], struct.dtype)
+                host = leaf.read(tensors, struct.shape[1:], struct.dtype, threads.map)
                 targets = [
                     (device, tree)
                     for row, trees in zip(devices, out, strict=True)

@@ -54,7 +54,8 @@ class LazyTensor(msgspec.Struct, frozen=True):
 
     def read(self) -> np.ndarray:
         out = np.empty(self.piece.shape, jnp.dtype(self.dtype))
-        for row, block in self.piece.read(self.tensors):
+        for row, index in self.piece.blocks():
+            block = self.piece.read(self.tensors, index)
             out[row : row + block.shape[0]] = block
         return out
 

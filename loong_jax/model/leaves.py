@@ -6,8 +6,9 @@ What it is not: a reader of files (`safetensors_reader.py`), or the placing on d
 """
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -17,13 +18,18 @@ from loong_jax.model.decoder import local_sizes
 from loong_jax.model.families import family_of
 from loong_jax.model.untrusted import CheckpointError
 
-_BLOCK_ELEMENTS = 1 << 20
-"""Read at once: few enough to stay in a cache between the check, the read and the transposed write."""
+_BLOCK_ELEMENTS = 1 << 19
+"""Read at once: few enough to stay in a cache from the read over the check to the transposed write."""
+_LINE_BYTES = 64
+
+
+Each = Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]
+"""each(function, arguments): calls, some at once perhaps; what one of them raises comes out of the iteration."""
 
 
 class Tensors(Protocol):
     """The tensors of a checkpoint, whatever its format: named, with Hugging Face names and shapes. `check` and `read`
-    raise CheckpointError naming file and tensor."""
+    raise CheckpointError naming file and tensor; threads may `read` at once."""
 
     def where(self, name: str) -> str:
         """The tensor as errors name it: file and tensor."""
@@ -47,17 +53,20 @@ class Piece(msgspec.Struct, frozen=True):
     start: int
     stop: int
 
-    def read(self, tensors: Tensors) -> Iterator[tuple[int, np.ndarray]]:
-        """The slice in blocks of rows: (first row within the slice, block). Raises CheckpointError for NaN and inf."""
-        cut = slice(self.start, self.stop)
+    def blocks(self) -> Iterator[tuple[int, tuple[slice, ...]]]:
+        """The slice in blocks of rows: (first row within the slice, index into the tensor)."""
         first, stop = (self.start, self.stop) if self.axis == 0 else (0, self.shape[0])
-        step = max(1, _BLOCK_ELEMENTS // math.prod(self.shape[1:]))
+        step = max(1, _BLOCK_ELEMENTS // math.prod(self.shape[1:]) // _LINE_BYTES) * _LINE_BYTES
         for row in range(first, stop, step):
             rows = slice(row, min(row + step, stop))
-            block = tensors.read(self.name, (rows,) if self.axis == 0 else (rows, cut))
-            if not all_finite(block):
-                raise CheckpointError(f"{tensors.where(self.name)}: holds NaN or infinite values")
-            yield row - first, block
+            yield row - first, (rows,) if self.axis == 0 else (rows, slice(self.start, self.stop))
+
+    def read(self, tensors: Tensors, index: tuple[slice, ...]) -> np.ndarray:
+        """One block. Raises CheckpointError for NaN and infinite values."""
+        block = tensors.read(self.name, index)
+        if not all_finite(block):
+            raise CheckpointError(f"{tensors.where(self.name)}: holds NaN or infinite values")
+        return block
 
     @property
     def num_rows(self) -> int:
@@ -77,19 +86,44 @@ class Leaf(msgspec.Struct, frozen=True):
     pieces: tuple[Piece, ...]
     transpose: bool
 
-    def read(self, tensors: Tensors, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """The leaf as a host array; what the pieces do not fill (a padded vocabulary) is zero."""
-        out = np.zeros(shape, dtype)
-        filled = 0
-        for piece in self.pieces:
-            for row, block in piece.read(tensors):
-                rows = slice(filled + row, filled + row + block.shape[0])
-                if self.transpose:
-                    out[:, rows] = block.T
-                else:
-                    out[rows] = block
-            filled += piece.num_rows
+    def read(self, tensors: Tensors, shape: tuple[int, ...], dtype: np.dtype, each: Each = map) -> np.ndarray:
+        """The leaf as a host array; what the pieces do not fill (a padded vocabulary) is zero. `each`: `map`, or that of
+        an executor whose threads share the blocks."""
+        out = _aligned_zeros(shape, dtype)
+        ends = accumulate(piece.num_rows for piece in self.pieces)
+        jobs = [
+            (end - piece.num_rows + row, piece, index)
+            for end, piece in zip(ends, self.pieces, strict=True)
+            for row, index in piece.blocks()
+        ]
+
+        def fill(job: tuple[int, Piece, tuple[slice, ...]]) -> None:
+            first, piece, index = job
+            block = piece.read(tensors, index)
+            rows = slice(first, first + block.shape[0])
+            if self.transpose:
+                _write_transposed(out[:, rows], block)
+            else:
+                out[rows] = block
+
+        for _ in each(fill, jobs):
+            pass
         return out
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Where a cache line begins. There, JAX on CPU takes the memory as it is: no copy, and one for all instances."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(num_bytes + _LINE_BYTES, np.uint8)
+    start = -raw.ctypes.data % _LINE_BYTES
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _write_transposed(out: np.ndarray, block: np.ndarray) -> None:
+    """`out[:] = block.T`, a cache line of each row of `out` at a time: 4 to 7 times as fast."""
+    step = _LINE_BYTES // block.dtype.itemsize
+    for row in range(0, block.shape[0], step):
+        out[:, row : row + step] = block[row : row + step].T
 
 
 def leaves_of(config: ModelConfig, tp: int, rank: int) -> Iterator[Leaf]:

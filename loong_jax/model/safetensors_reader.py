@@ -31,6 +31,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 25_000_000  # as the Hugging Face Hub allows
 MAX_NAME_CHARS = 512
+_MIN_CUT_BYTES = 4096  # a page: less of a row cannot be read alone
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _SIZES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
@@ -85,13 +86,23 @@ class SafetensorsReader:
         return math.prod(shape) * _SIZES[entry.dtype]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """`tensor[index]`. Whole rows of the first axis are read; what the other slices leave out is dropped here."""
+        """`tensor[index]`. Whole rows of the first axis are read, unless a slice of the second leaves out pages."""
         file = self._file_of[name]
         entry = file.entries[name]
         dtype = next(jnp.dtype(ours) for ours, theirs in SAFETENSORS_DTYPES.items() if theirs == entry.dtype)
         first, stop, _ = index[0].indices(entry.shape[0])
+        row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
+        offset = entry.start + first * row_bytes
+        if len(index) == len(entry.shape) == 2:
+            left, right, _ = index[1].indices(entry.shape[1])
+            cut_bytes = (right - left) * dtype.itemsize
+            if _MIN_CUT_BYTES <= cut_bytes <= row_bytes - _MIN_CUT_BYTES:
+                out = np.empty((max(0, stop - first), right - left), dtype)
+                rows, offset = out.view(np.uint8), offset + left * dtype.itemsize
+                for row in range(out.shape[0]):
+                    read_exactly(file.path, file.descriptor, rows[row].data, offset + row * row_bytes)
+                return out
         out = np.empty((max(0, stop - first), *entry.shape[1:]), dtype)
-        offset = entry.start + first * math.prod(entry.shape[1:]) * dtype.itemsize
         read_exactly(file.path, file.descriptor, out.reshape(-1).view(np.uint8).data, offset)
         return out[(slice(None), *index[1:])]
 

@@ -1,12 +1,14 @@
 """The plan of slices: every element of every tensor belongs to some rank, and to one only unless replicated."""
 
+import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
 
 from loong_jax.config import ModelConfig
 from loong_jax.model.decoder import param_structs
-from loong_jax.model.leaves import Leaf, Piece, leaves_of
+from loong_jax.model.leaves import Leaf, Piece, _write_transposed, all_finite, leaves_of
 
 CONFIG = ModelConfig("llama", 101, 64, 96, 2, 4, 2, 16, 4096)
 
@@ -56,6 +58,35 @@ def test_the_paths_are_those_of_the_parameters(tp):
         for key in path:
             value = value[key]
         assert value.shape[0] == tp
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 100), (100, 3), (64, 64), (37, 129)])
+def test_transposed_writes(shape, dtype):
+    block = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    out = np.zeros((shape[1], shape[0] + 2), dtype)
+    _write_transposed(out[:, 1:-1], block)
+    np.testing.assert_array_equal(out[:, 1:-1], block.T)
+    assert not out[:, [0, -1]].any()
+
+
+def test_on_cpu_instances_share_a_leaf_without_a_copy():
+    leaf = Leaf(("embed",), (Piece("a", (300, 7), 0, 0, 300),), False)
+    host = leaf.read(FakeTensors({"a": (300, 7)}), (301, 7), np.dtype(np.float32))
+    placed = [jax.device_put(host[None], device) for device in jax.devices()[:2]]
+    assert {value.unsafe_buffer_pointer() for value in placed} == {host.ctypes.data}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_all_finite(dtype):
+    block = np.array([[0.0, -1.5, 3e38, -3e38, 1e-45]], dtype)
+    assert all_finite(block)
+    assert all_finite(block[:, :0])
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        bad = block.copy()
+        bad[0, 2] = value
+        assert not all_finite(bad)
+        assert not all_finite(bad[:, 1:4]), "a slice of rows"
 
 
 def test_pieces_lie_side_by_side_and_the_rest_is_zero():

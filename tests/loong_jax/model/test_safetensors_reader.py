@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from loong_jax.config import ModelConfig
+from loong_jax.model import safetensors_reader
 from loong_jax.model.checkpoint import load_checkpoint
 from loong_jax.model.decoder import init_params
 from loong_jax.model.export import save_checkpoint
@@ -223,6 +224,24 @@ def test_slices(tmp_path):
         for index in [(slice(None),), (slice(1, 3),), (slice(None), slice(2, 4)), (slice(4, 9), slice(1, 2), slice(0))]:
             np.testing.assert_array_equal(tensors.read("a", index), array[index])
         assert tensors.read("b", (slice(None),)).shape == (0, 3)
+
+
+def test_wide_rows_are_read_in_part(tmp_path, monkeypatch):
+    array = np.arange(7 * 4096, dtype=np.float32).reshape(7, 4096)
+    save_file({"a": array}, tmp_path / SINGLE_FILE)
+    with SafetensorsReader(tmp_path) as tensors:
+        read = []
+        plain = safetensors_reader.read_exactly
+        monkeypatch.setattr(
+            safetensors_reader,
+            "read_exactly",
+            lambda path, fd, out, at: (read.append(len(out)), plain(path, fd, out, at)),
+        )
+        for cut in (slice(0, 2048), slice(2048, 4096), slice(1, 1025), slice(0, 4095), slice(5, 6), slice(7, 7)):
+            read.clear()
+            np.testing.assert_array_equal(tensors.read("a", (slice(2, 6), cut)), array[2:6, cut])
+            if cut.stop in (2048, 4096, 1025):
+                assert sum(read) == 4 * 4 * (cut.stop - cut.start)
 
 
 def test_a_file_that_shrinks_while_it_is_read(directory):
