@@ -109,7 +109,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     @property
     def kv_window(self) -> int:
         """How many positions back any layer looks, its own included: KV before is never read again. 0: no bound."""
-        return max(self.windows) if self.windows and min(self.windows) > 0 else 0
+        return max(2, *self.windows) if self.windows and min(self.windows) > 0 else 0
 
     @property
     def rope_by_length(self) -> bool:
@@ -188,7 +188,8 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     `query_tile_tokens`: q tokens per instance exchanged at once in gather-q; `table_entries`: page-table entries an
     instance can hold (shared pages have one entry per request); `slots`: requests alive at once; `adjust_tokens`: most
     tokens of one request whose logits may be biased, banned, or penalised for their number; `max_top`: most likeliest
-    tokens reported for a position.
+    tokens reported for a position; `kv_window`: that of the model, where every layer has one: KV further back is
+    dropped (0: all is kept).
     """
 
     num_instances: int
@@ -201,6 +202,7 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     ladder: LadderConfig = LadderConfig()
     adjust_tokens: int = 8192
     max_top: int = 20
+    kv_window: int = 0
 
     def __post_init__(self) -> None:
         _require(self.num_instances >= 1, "num_instances", "must be positive")
@@ -217,10 +219,17 @@ class ClusterConfig(msgspec.Struct, frozen=True):
         _require(self.adjust_tokens >= 1, "adjust_tokens", "must be positive")
         _require(self.max_top >= 0, "max_top", "must not be negative")
         _require(max(self.ladder.dops) <= self.num_instances, "dops", "exceed num_instances")
+        # A request keeps its newest page, so that whoever loses the step that made it is told of a loss.
+        _require(self.kv_window == 0 or self.kv_window >= 2, "kv_window", "must be 0 or at least 2")
 
     @property
     def table_entries(self) -> int:
         return 2 * self.pages_per_instance + 2 * self.slots
+
+    def kv_needed(self, num_tokens: int) -> int:
+        """Positions that a request must be able to hold to reach `num_tokens` of KV: a window with partial pages at its
+        ends, a page being computed or decoded into, and one that is dropped a page late."""
+        return min(num_tokens, self.kv_window + 4 * self.page_tokens) if self.kv_window else num_tokens
 
     @property
     def pool_tokens(self) -> int:

@@ -76,6 +76,10 @@ class CoreState:
             for i, queued in enumerate(self.queued)
         )
 
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a request may reach `num_tokens` of KV at all."""
+        return self.cluster.kv_needed(num_tokens) <= self.capacity_tokens
+
     @property
     def capacity_tokens(self) -> int:
         """KV positions that the largest group of living instances can hold: no request may need more."""

@@ -41,6 +41,7 @@ from loong_jax.types import (
     RunDecode,
     RunPrefill,
     Scores,
+    Slide,
     StepCommand,
     StepDone,
     StepFailed,
@@ -82,7 +83,7 @@ class Executor:
         match command:
             case RunPrefill() | RunDecode() | Migrate() | CopyPages():
                 self._run(command)
-            case Free() | Truncate() | Fork():
+            case Free() | Truncate() | Slide() | Fork():
                 self._tables.apply(command)
             case Reset():
                 self.states.reset(command.instances)

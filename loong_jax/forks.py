@@ -6,6 +6,7 @@ What it is: functions on the manager's state, from a fork to commands. What it i
 
 from __future__ import annotations
 
+from loong_jax import kv_upkeep
 from loong_jax.core_state import CoreState
 from loong_jax.request_state import RequestState
 from loong_jax.types import AnyCommand, CopyPages, Fork, Forked, PageCopy, Phase, Program
@@ -56,9 +57,12 @@ def _start(state: CoreState, parent: RequestState, child: RequestState) -> list[
     copy = Program(Phase.COPY, 1, state.cluster.ladder.move_pages)
     copy_on = frozenset(i for i in state.ledger.tokens(parent.id) if state.has_room(i) and (copy, (i,)) in state.ready)
     forked = state.ledger.fork(parent.id, child.id, child.known - 1, copy_on)
-    child.holes = tuple(state.ledger.table.missing(child.id, child.known - 1))
+    child.dropped = parent.dropped
+    useless = kv_upkeep.recount(state, child)
     parent.changed()  # a shared page is no longer open to it
     child.changed()
+    if useless:  # what is lacking cannot be computed from it; nobody was told of it yet
+        return out
     if forked.shared:
         out.append(Fork(parent.id, child.id, forked.shared))
     if forked.copied is not None:

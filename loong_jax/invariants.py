@@ -60,11 +60,14 @@ def _check_kv(state: CoreState) -> None:
         known = request.known
         _require(known <= request.issued <= request.end, f"INV-2: request {request.id}: lengths")
         _require(bool(request.steps) or request.issued == known, f"INV-2: request {request.id}: issued, not in flight")
-        gaps = tuple(state.ledger.table.missing(request.id, request.issued - 1))
+        first = request.dropped
+        gaps = tuple(state.ledger.table.missing(request.id, request.issued - 1, first))
         _require(gaps == request.holes, f"INV-5: request {request.id}: {gaps} lack KV, not {request.holes}")
         tokens = sum(state.ledger.tokens(request.id).values())
-        wanted = request.issued - 1 - sum(run.count for run in gaps)
+        wanted = request.issued - 1 - first - sum(run.count for run in gaps)
         _require(tokens == wanted, f"INV-5: request {request.id} has {tokens} tokens of KV, not {wanted}")
+        needed = request.read_from(state.cluster.kv_window)
+        _require(first <= needed, f"INV-5: request {request.id} lacks KV before {first}, and {needed} on is read")
 
 
 def check_progress(state: CoreState) -> None:

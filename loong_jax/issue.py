@@ -51,6 +51,7 @@ def evict(state: CoreState, planned: PlannedEvict) -> Free:
     _require(bool(held), "evict: request holds no KV", request.id)
     state.ledger.free(request.id, held)
     request.holes = whole(request.issued - 1)
+    request.dropped = 0
     request.num_evictions += 1
     request.changed()
     return Free(request.id, held)

@@ -128,6 +128,19 @@ class Ledger:
         """Drop KV at positions from `kv_len` on."""
         for instance, page in self.table.truncate(request, kv_len):
             self._release(instance, page)
+        self._recount(request)
+
+    def slide(self, request: int, start: int) -> int:
+        """Drop pages that end at or before `start`; returns the first position after them. At least one does."""
+        dropped, end = self.table.slide(request, start)
+        if not dropped:
+            raise InvariantError(f"INV-5: no page of request {request} ends by {start}")
+        for instance, page in dropped:
+            self._release(instance, page)
+        self._recount(request)
+        return end
+
+    def _recount(self, request: int) -> None:
         counts = {i: sum(entry.count for entry in self.table.pages(request, i)) for i in self.table.instances(request)}
         if counts:
             self._tokens[request] = counts

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice, repeat
 from typing import Protocol
 
-from loong_jax import forks, invariants, issue
+from loong_jax import forks, invariants, issue, kv_upkeep
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.core_state import CoreState, Step
 from loong_jax.cost import CostModel
@@ -43,7 +43,6 @@ from loong_jax.types import (
     Stopped,
     Tick,
     Top,
-    Truncate,
     View,
 )
 
@@ -150,10 +149,9 @@ class Manager:
     def _admit(self, request: RequestState) -> bool:
         """Reject at once what can never be served or may not wait."""
         state = self.state
-        need = request.end - 1
         if state.draining:
             self._reject(request, RejectReason.DRAINING, "the server is draining")
-        elif need > state.capacity_tokens:
+        elif not state.fits(request.end - 1):
             self._reject(request, RejectReason.TOO_LARGE, self._too_large(request))
         elif len(state.waiting) >= state.limits.max_waiting:
             message = f"{len(state.waiting)} requests are waiting; at most {state.limits.max_waiting} may"
@@ -165,7 +163,7 @@ class Manager:
     def _too_large(self, request: RequestState) -> str:
         return (
             f"prompt of {request.prompt_len} tokens and max_tokens {request.max_tokens} need "
-            f"{request.end - 1} tokens of KV; the pool holds {self.state.capacity_tokens}"
+            f"{self.state.cluster.kv_needed(request.end - 1)} tokens of KV; the pool holds {self.state.capacity_tokens}"
         )
 
     def _reject(self, request: RequestState, reason: RejectReason, message: str) -> None:
@@ -203,6 +201,8 @@ class Manager:
                 self._append(request, token, logprob, dop, top)
                 while request.early and request_id in requests and len(request.tokens) in request.early:
                     self._append(request, *request.early.pop(len(request.tokens)))
+                if request_id in requests:
+                    self._out += kv_upkeep.slide(self.state, request)
             elif index > len(request.tokens):
                 request.early[index] = (token, logprob, dop, top)
         for request_id in step.requests if self.state.failures else ():
@@ -250,7 +250,7 @@ class Manager:
         state.blocked.add(event.instance)
         self._lose_kv({event.instance})
         for request in list(state.requests.values()):
-            if request.end - 1 > state.capacity_tokens:
+            if not state.fits(request.end - 1):
                 message = f"instance {event.instance} was lost: {self._too_large(request)}"
                 self._finish(request, FinishReason.ERROR, request.num_generated, message)
 
@@ -312,34 +312,10 @@ class Manager:
             self._out.append(Reset(drained))
 
     def _lose_kv(self, instances: Iterable[int]) -> None:
-        state = self.state
-        gone = sorted(instances)
-        for request_id in list(state.active):
-            request = state.requests[request_id]
-            # The newest token is lost there too: no row may be fed from it.
-            request.device_group = tuple(i for i in request.device_group if i not in gone)
-            request.changed()
-            held = state.ledger.tokens(request_id)
-            lost = tuple(i for i in gone if i in held)
-            if not lost:
-                continue
-            state.ledger.free(request_id, lost)
-            request.holes = tuple(state.ledger.table.missing(request_id, request.issued - 1))
-            self._out.append(Free(request_id, lost))
+        self._out += kv_upkeep.lose(self.state, instances)
 
     def _settle(self, step: Step) -> None:
-        """A request with nothing in flight but tokens issued lost them in a failure: it goes on from what is known."""
-        for request_id in step.requests:
-            request = self.state.requests.get(request_id)
-            if request is None or request.steps or request.issued == len(request.tokens):
-                continue
-            known = len(request.tokens)
-            request.issued = known
-            request.early.clear()  # they continue a text that nobody knows
-            self.state.ledger.truncate(request_id, known - 1)
-            self._out.append(Truncate(request_id, known - 1))
-            request.holes = tuple(self.state.ledger.table.missing(request_id, known - 1))
-            request.changed()
+        self._out += kv_upkeep.settle(self.state, step)
 
     # ---- planning
 
@@ -365,6 +341,8 @@ class Manager:
         for prefill in plan.prefills:
             self._claim(busy, prefill.instances)
             out.append(issue.prefill(state, prefill))
+            for row in prefill.rows:
+                out += kv_upkeep.slide(state, state.requests[row.request])
         for decode in plan.decodes:
             self._claim(busy, decode.instances)
             out.append(issue.decode(state, decode))

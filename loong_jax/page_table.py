@@ -22,6 +22,7 @@ from loong_jax.types import (
     Run,
     RunDecode,
     RunPrefill,
+    Slide,
     Truncate,
 )
 
@@ -102,6 +103,14 @@ class InstanceTable:
             self.remove(request, int(page))
         for page, first, _ in held[(held[:, 1] < kv_len) & (held[:, 1] + held[:, 2] > kv_len)]:
             self._write(self.entry(request, int(page)), page, first, kv_len - first)
+
+    def slide(self, request: int, start: int) -> None:
+        region = self._regions.get(request)
+        if region is None:
+            return
+        held = self.entries[region.start : region.start + region.length].copy()
+        for page in held[held[:, 1] + held[:, 2] <= start, 0]:
+            self.remove(request, int(page))
 
     def drop(self, request: int) -> None:
         region = self._regions.pop(request, None)
@@ -202,6 +211,9 @@ class PageTables:
             case Truncate():
                 for table in self.tables:
                     table.truncate(command.request, command.kv_len)
+            case Slide():
+                for table in self.tables:
+                    table.slide(command.request, command.start)
             case Free():
                 for instance in command.instances:
                     self.tables[instance].drop(command.request)

@@ -1,7 +1,8 @@
 """One unfinished request, as the manager keeps it. Mutable; only `manager.py` and `issue.py` change it.
 
 Lengths (see `types.py`): `known` tokens are on the host, `issued` counts one more for each token being sampled by a
-step in flight. KV lies in `[0, issued - 1)` except `holes`; position `issued - 1` is the next step's input.
+step in flight. KV lies in `[dropped, issued - 1)` except `holes`; position `issued - 1` is the next step's input. What
+lies before `dropped` was computed, and no layer's window reaches back to it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RequestState:
     __slots__ = (
         "id", "arrived_us", "slot", "tokens", "prompt_len", "max_tokens", "sampling", "stop_ids", "issued", "holes",
         "steps", "early", "device_group", "last_master", "num_evictions", "rope_len", "adjustment", "needs_history",
-        "num_prompt_top", "num_scored", "_view",
+        "num_prompt_top", "num_scored", "dropped", "_view",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +70,7 @@ class RequestState:
         self.needs_history = adjustment is not None and adjustment.needs_history
         self.num_prompt_top = num_prompt_top
         self.num_scored = 1  # prompt tokens whose log-probabilities are out; the first one has none
+        self.dropped = 0
         self._view: RequestView | None = None
 
     @property
@@ -119,6 +121,14 @@ class RequestState:
             return None
         prompt = self.tokens[: self.prompt_len].tobytes() if self.adjustment.repetition_penalty != 1 else b""
         return Adjust(self.id, self.adjustment, prompt, self.prompt_len, tuple(sorted(self.stop_ids)))
+
+    def read_from(self, window: int) -> int:
+        """The first position that any step to come reads, where each layer sees `window` positions, its own included:
+        what is computed next, or would be if all steps in flight failed, looks back that far."""
+        first = len(self.tokens) - 1
+        if self.holes and self.holes[0].first < first:
+            first = self.holes[0].first
+        return max(0, first - window + 1) if window else 0
 
     def changed(self) -> None:
         self._view = None

@@ -103,6 +103,30 @@ class RunTable:
             del self._requests[request]
         return dropped
 
+    def slide(self, request: int, start: int) -> tuple[list[tuple[int, int]], int]:
+        """Drop pages that end at or before `start`: the (instance, page) pairs, and the largest end among them (0: none
+        was dropped)."""
+        homes = self._requests.get(request)
+        if homes is None:
+            return [], 0
+        dropped: list[tuple[int, int]] = []
+        end = 0
+        for instance in sorted(homes):
+            entries = homes[instance]
+            keep = 0
+            while keep < len(entries) and entries[keep].end <= start:
+                keep += 1
+            if keep == 0:
+                continue
+            dropped += [(instance, entry.page) for entry in entries[:keep]]
+            end = max(end, entries[keep - 1].end)
+            del entries[:keep]
+            if not entries:
+                del homes[instance]
+        if not homes:
+            del self._requests[request]
+        return dropped, end
+
     def drop(self, request: int, instances: Iterable[int]) -> list[tuple[int, int]]:
         """Drop all pages of `request` on `instances`; returns the (instance, page) pairs dropped."""
         homes = self._requests.get(request)
@@ -115,11 +139,11 @@ class RunTable:
             del self._requests[request]
         return dropped
 
-    def missing(self, request: int, end: int) -> list[Run]:
-        """Runs of `[0, end)` without KV, ascending."""
+    def missing(self, request: int, end: int, first: int = 0) -> list[Run]:
+        """Runs of `[first, end)` without KV, ascending; no page straddles `first`."""
         entries = sorted(entry for pages in self._requests.get(request, {}).values() for entry in pages)
         gaps: list[Run] = []
-        position = 0
+        position = first
         for entry in entries:
             if entry.first >= end:
                 break

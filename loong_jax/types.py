@@ -380,6 +380,13 @@ class Truncate(Command, frozen=True):
     kv_len: int
 
 
+class Slide(Command, frozen=True):
+    """Pages of `request` that end at or before position `start` are dropped: every layer's window has passed them."""
+
+    request: int
+    start: int
+
+
 class Free(Command, frozen=True):
     """All KV of `request` on `instances` is dropped (all its instances for an eviction or an end)."""
 
@@ -457,6 +464,7 @@ AnyCommand = (
     | CopyPages
     | Fork
     | Truncate
+    | Slide
     | Free
     | Adjust
     | Forget
@@ -483,7 +491,8 @@ class Resident(Record, frozen=True):
 
 
 class RequestView(Record, frozen=True):
-    """`missing`: runs of `[0, known)` without KV (for a running decode: nothing but the last known position).
+    """`missing`: runs of `[0, known)` without KV (for a running decode: nothing but the last known position). What no
+    window will show again is dropped, and not missing.
     `device_group`: instances whose devices hold the newest token, or () when the host knows it.
     `running`: KV of `[0, known - 1)` is complete and it may decode now; else it needs prefill of `missing`, or waits
     for the host to know its newest token (`in_flight` > 0). `score`: its prefills are scoring ones.

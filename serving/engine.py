@@ -145,7 +145,17 @@ def kv_token_bytes(model: ModelConfig) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * (4 if model.dtype == "float32" else 2)
 
 
+def for_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """`config` with what the model says about the pool: KV that no layer's window shows again is dropped."""
+    cluster = msgspec.structs.replace(config.cluster, kv_window=model.kv_window)
+    return msgspec.structs.replace(config, cluster=cluster)
+
+
 def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationLimits:
+    """`cluster` as `for_model` made it."""
+    pool_tokens = cluster.pool_tokens
+    if cluster.kv_needed(model.context_length) <= pool_tokens:  # nothing, or a window moves along
+        pool_tokens = max(pool_tokens, model.context_length)
     return ValidationLimits(
         sampling=SamplingLimits(
             model.vocab_size,
@@ -153,8 +163,8 @@ def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationL
             max_top=min(cluster.max_top, model.vocab_size),
         ),
         scores_prompts=bool(cluster.ladder.score_tokens),
-        max_position=model.max_position,
-        pool_tokens=cluster.pool_tokens,
+        max_position=model.context_length,
+        pool_tokens=pool_tokens,
         eos_ids=model.eos_ids,
     )
 

@@ -110,8 +110,9 @@ class _Leader:
         self._crash: str | None = None
 
     async def run(self) -> None:
-        config = self._config
-        model = engines.read_model(config.directory, config.engine.dtype)
+        model = engines.read_model(self._config.directory, self._config.engine.dtype)
+        config = msgspec.structs.replace(self._config, engine=engines.for_model(self._config.engine, model))
+        self._config = config
         tokenizer = Tokenizer.load(config.directory)
         engine = Engine(
             config.engine,

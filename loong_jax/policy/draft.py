@@ -6,6 +6,7 @@ What it is not: a choice of who runs, or where (`simple_decode.py`, `simple_pref
 
 from __future__ import annotations
 
+from loong_jax import buckets
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost import CostModel
 from loong_jax.policy.groups import ReadyGroups, mask_of
@@ -38,6 +39,16 @@ class Draft:
     def block(self, request: RequestView) -> None:
         if self.blocked is None or request.request < self.blocked.request:
             self.blocked = request
+
+    def pages_needed(self, request: RequestView) -> int:
+        """Pages it takes more than it gives back until its prompt is through: no more than the window's, where KV
+        before that is dropped on the way."""
+        page_tokens, window = self.cluster.page_tokens, self.cluster.kv_window
+        units = buckets.num_units(request.missing, page_tokens)
+        if not window:
+            return units
+        held = sum(resident.pages for resident in request.resident)
+        return min(units, max(1, -(-self.cluster.kv_needed(request.known) // page_tokens) - held))
 
     def want(self, phase: Phase, need: int, size: int) -> bool:
         """Ask for a program of `size` rows or tokens, on the smallest set that covers `need`. False when there is

@@ -61,20 +61,20 @@ class PrefillPlanner:
     def _admitted(self, candidates: list[RequestView]) -> list[RequestView]:
         """Those with KV go on; a fresh one starts when all of it fits beside what the others still need, and none
         overtakes it."""
-        page_tokens, headroom = self.draft.cluster.page_tokens, self.draft.limits.decode_headroom_pages
+        headroom = self.draft.limits.decode_headroom_pages
         left = sum(self.draft.free[i] for i in members(self.draft.alive))
         holders = 0
         for request in self.draft.view.requests:
             if request.resident or request.in_flight:
                 holders += 1
-                left -= buckets.num_units(request.missing, page_tokens)
+                left -= self.draft.pages_needed(request)
         out: list[RequestView] = []
         open_for_fresh = True
         for request in candidates:
             if request.resident:
                 out.append(request)
                 continue
-            pages = buckets.num_units(request.missing, page_tokens)
+            pages = self.draft.pages_needed(request)
             if open_for_fresh and (left >= pages + headroom or holders == 0):
                 out.append(request)
                 left -= pages
@@ -145,7 +145,7 @@ class PrefillPlanner:
         num_units = self._units(rows)
         tokens = sum(run.count for _, runs in rows for run in runs)
         context = sum(r.tokens for request, _ in rows for r in request.resident)
-        whole = sum(buckets.num_units(request.missing, page_tokens) + headroom for request, _ in rows)
+        whole = sum(self.draft.pages_needed(request) + headroom for request, _ in rows)
         num_allowed = allowed.bit_count()
         best: tuple[Group | None, ContextForm] = (None, ContextForm.RING)
         best_key = None

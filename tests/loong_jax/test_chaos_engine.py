@@ -6,17 +6,21 @@ The mock's twin, which proves the manager on ten thousand schedules in seconds, 
 
 import queue
 import random
+from array import array
 
+import msgspec
 import pytest
 
-from loong_jax.config import LimitsConfig
+from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
 from loong_jax.cost.linear import LinearCost
 from loong_jax.manager import Manager
+from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.types import Arrived, Emit, Finish, ProgramReady, Sampling
 from tests.support.chaos_policy import ChaosPolicy
 from tests.support.real_engine import CHAOS_CLUSTERS, FIXTURES, DataPlane, LossyExecutor, Verdict
-from tests.support.schedules import Controls, Outcome, Schedule, ScheduleConfig, replay
+from tests.support.schedules import Controls, Outcome, Schedule, ScheduleConfig, arcs, replay
 
-CHECKPOINTS = {"four": "gqa", "eight": "gqa", "tp2": "mha"}
+CHECKPOINTS = {"four": "gqa", "eight": "gqa", "tp2": "mha", "windowed": "mistral"}
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +89,34 @@ def test_chaos(plane: DataPlane, seeds: range):
 @pytest.mark.parametrize(("plane", "seeds"), batches(SLOW, 100), indirect=["plane"])
 def test_chaos_at_length(plane: DataPlane, seeds: range):
     check_schedules(plane, seeds)
+
+
+def test_a_context_far_beyond_the_pool():
+    """Pages that every window has passed are given back: 400 tokens go through a pool of 128, and none is evicted."""
+    ladder = LadderConfig((1,), (32,), (1,), prefill_rows=1, move_pages=1)
+    cluster = ClusterConfig(1, pages_per_instance=8, ring_tokens=32, query_tile_tokens=32, slots=2, ladder=ladder)
+    plane = DataPlane(FIXTURES / "mistral", msgspec.structs.replace(cluster, kv_window=50))
+    assert plane.model.kv_window == 50
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    executor = plane.executor(inbox.put)
+    limits = LimitsConfig(chunk_tokens=64)
+    manager = Manager(plane.cluster, limits, SimpleElastic(plane.cluster, limits), LinearCost())
+    for program, instances in arcs(plane.cluster):
+        manager.handle(ProgramReady(program, instances), 0)
+    prompt = array("i", [3 + (i * i + i // 7) % (plane.model.vocab_size - 3) for i in range(360)])
+    commands = manager.handle(Arrived(0, prompt.tobytes(), 40), 0)
+    tokens, logprobs = [], []
+    while not any(isinstance(command, Finish) for command in commands):
+        for command in commands:
+            executor.submit(command)
+        commands = manager.handle(inbox.get(timeout=120), 0)
+        manager.check()
+        assert all(request.num_evictions == 0 for request in manager.state.requests.values())
+        for command in commands:
+            if isinstance(command, Emit):
+                tokens += command.tokens
+                logprobs += command.logprobs
+    executor.close()
+    plane.close()
+    assert len(tokens) == 40
+    plane.judge.check(prompt, tokens, logprobs, Sampling())

@@ -6,12 +6,13 @@ import queue
 import random
 from array import array
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
 
-from loong_jax import forks, issue
+from loong_jax import forks, invariants, issue, kv_upkeep
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
 from loong_jax.core_state import CoreState
 from loong_jax.cost.linear import LinearCost
@@ -23,8 +24,10 @@ from loong_jax.types import (
     AnyCommand,
     Emit,
     EmitScores,
+    Free,
     PageMove,
     Phase,
+    PlannedEvict,
     PrefillRow,
     Program,
     Rehome,
@@ -39,7 +42,7 @@ from tests.support.mock_executor import MockExecutor, check_reports, oracle
 from tests.support.schedules import Controls, Schedule, ScheduleConfig, ScheduleRun, arcs, check_outcome, replay
 
 
-def cluster_for(rng: random.Random) -> ClusterConfig:
+def cluster_for(rng: random.Random, *, windowed: bool = False) -> ClusterConfig:
     num_instances = rng.choice((1, 2, 3, 4, 8))
     page_tokens = rng.choice((1, 2, 4))
     dops = tuple(sorted({d for d in (1, 2, 3, 4, 8) if d <= num_instances} | {num_instances}))
@@ -59,6 +62,7 @@ def cluster_for(rng: random.Random) -> ClusterConfig:
         query_tile_tokens=16,
         slots=rng.choice((2, 5, 16)),
         ladder=ladder,
+        kv_window=rng.choice((2, 3, 5, 8, 17)) if windowed else 0,
     )
 
 
@@ -82,9 +86,9 @@ def few_groups(
     return cluster, ready
 
 
-def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True) -> ScheduleRun:
+def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True, windowed: bool = False) -> ScheduleRun:
     rng = random.Random(seed)
-    cluster = cluster_for(rng)
+    cluster = cluster_for(rng, windowed=windowed)
     ready = arcs(cluster)
     if not all_ready:
         cluster, ready = few_groups(rng, cluster)
@@ -108,8 +112,9 @@ def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True) -> ScheduleR
     config = config._replace(p_fail=0.03 * faults, p_lose=0.01 * faults)
     run = Schedule(manager, executor, inbox, config, rng, controls, ready).run()
     for outcome in run.outcomes:
-        check_outcome(outcome, oracle)
-        check_reports(outcome.history, outcome.tokens, outcome.tops, outcome.scores, outcome.num_prompt_top)
+        window = cluster.kv_window
+        check_outcome(outcome, partial(oracle, window=window))
+        check_reports(outcome.history, outcome.tokens, outcome.tops, outcome.scores, outcome.num_prompt_top, window)
     replay(run, Manager(cluster, limits, policy(), LinearCost()))
     return run
 
@@ -118,6 +123,13 @@ def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True) -> ScheduleR
 def test_chaos(first: int) -> None:
     for seed in range(first, first + 20):
         run_schedule(seed, chaos=True)
+
+
+@pytest.mark.parametrize("chaos", [True, False])
+@pytest.mark.parametrize("first", range(0, 100, 20))
+def test_pages_outside_every_window_are_dropped(first: int, chaos: bool) -> None:
+    for seed in range(first, first + 20):
+        run_schedule(40_000_000 + seed, chaos=chaos, all_ready=seed % 3 > 0, windowed=True)
 
 
 @pytest.mark.parametrize("first", range(0, 100, 20))
@@ -295,9 +307,55 @@ MUTATIONS = (
 )
 
 
-def run_schedules(count: int) -> None:
+def _slide_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page is dropped although the last position it holds is still seen."""
+    monkeypatch.setattr(RequestState, "read_from", lambda self, window: read_from(self, window - 1))
+    read_from = RequestState.read_from
+
+
+def _keep_what_cannot_be_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gap is filled again although what it is computed from was dropped."""
+
+    def recount(state: CoreState, request: RequestState) -> tuple[int, ...]:
+        request.holes = tuple(state.ledger.table.missing(request.id, request.issued - 1, request.dropped))
+        return ()
+
+    monkeypatch.setattr(kv_upkeep, "recount", recount)
+
+
+def _forget_what_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evicted request is computed from where its KV began."""
+
+    def evict(state: CoreState, planned: PlannedEvict) -> Free:
+        dropped = state.requests[planned.request].dropped
+        command = issue_evict(state, planned)
+        state.requests[planned.request].dropped = dropped
+        state.requests[planned.request].holes = tuple(
+            run for run in (Run(dropped, state.requests[planned.request].issued - 1 - dropped),) if run.count
+        )
+        return command
+
+    issue_evict = issue.evict
+    monkeypatch.setattr(issue, "evict", evict)
+
+
+WINDOW_MUTATIONS = (_slide_too_far, _keep_what_cannot_be_completed, _forget_what_was_dropped)
+
+
+@pytest.mark.parametrize("mutation", WINDOW_MUTATIONS, ids=lambda mutation: mutation.__name__[1:])
+def test_a_broken_window_is_caught(
+    mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation(monkeypatch)
+    # The invariants know it too; here the tokens must tell.
+    monkeypatch.setattr(invariants, "check", lambda state: None)
+    with pytest.raises((AssertionError, RuntimeError, KeyError, ValueError, IndexError)):
+        run_schedules(300, windowed=True)
+
+
+def run_schedules(count: int, *, windowed: bool = False) -> None:
     for seed in range(count):
-        run_schedule(seed, chaos=True)
+        run_schedule(seed, chaos=True, windowed=windowed)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__[1:])
@@ -320,6 +378,12 @@ def test_simple_elastic_with_few_groups(first: int) -> None:
 def test_few_groups_ten_thousand() -> None:
     for seed in range(10_000):
         run_schedule(30_000_000 + seed, chaos=seed % 4 == 0, all_ready=False)
+
+
+@pytest.mark.slow
+def test_windows_ten_thousand() -> None:
+    for seed in range(10_000):
+        run_schedule(50_000_000 + seed, chaos=seed % 4 > 0, all_ready=seed % 3 > 0, windowed=True)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from loong_jax.config import ClusterConfig, ConfigError, LadderConfig, ModelConfig, ladder_for
+from loong_jax.config import ClusterConfig, ConfigError, LadderConfig, ModelConfig, RopeConfig, ladder_for
 from loong_jax.types import Phase
 
 MODEL = ModelConfig(
@@ -32,6 +32,31 @@ def test_sizes_follow():
     cluster = ClusterConfig(8, pages_per_instance=10, page_tokens=16, slots=3)
     assert cluster.pool_tokens == 8 * 10 * 16
     assert cluster.table_entries >= cluster.pages_per_instance
+    assert cluster.kv_needed(10**6) == 10**6
+    windowed = msgspec.structs.replace(cluster, kv_window=100)
+    assert (windowed.kv_needed(10**6), windowed.kv_needed(50)) == (100 + 4 * 16, 50)
+
+
+def test_what_windows_and_scaling_mean():
+    two = msgspec.structs.replace(MODEL, num_layers=2)
+    window = lambda *windows: msgspec.structs.replace(two, windows=windows).kv_window
+    assert window() == window(0, 0) == window(0, 8) == 0, "a layer without a window sees everything"
+    assert window(4, 8) == 8
+    assert window(1, 1) == 2
+    assert MODEL.attention_scale == MODEL.head_dim**-0.5
+    assert msgspec.structs.replace(MODEL, query_scalar=16).attention_scale == 0.25
+    dynamic = RopeConfig(kind="dynamic", factor=2.0)
+    assert not MODEL.rope_by_length
+    assert msgspec.structs.replace(MODEL, rope=dynamic).rope_by_length
+    assert msgspec.structs.replace(MODEL, windows=(8,), window_rope=dynamic).rope_by_length
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("kind", "ntk"), ("theta", 1.0), ("factor", 0.0), ("original_max_position", 0)]
+)
+def test_bad_rope(field: str, value: object):
+    with pytest.raises(ConfigError, match=rf"^rope\.{field}: "):
+        RopeConfig(**{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -46,11 +71,17 @@ def test_sizes_follow():
         ("num_kv_heads", 3),
         ("head_dim", 3),
         ("dtype", "float16"),
+        ("windows", (8,) * 50),
+        ("windows", (-1,) * MODEL.num_layers),
+        ("query_scalar", 0),
+        ("attn_soft_cap", 0.0),
+        ("logit_soft_cap", -1.0),
+        ("rope factors", RopeConfig(kind="longrope", short_factor=(1.0,), long_factor=())),
     ],
 )
 def test_bad_model(field: str, value: object):
     with pytest.raises(ConfigError, match=f"^{field}: "):
-        msgspec.structs.replace(MODEL, **{field: value})
+        msgspec.structs.replace(MODEL, **{"rope" if field == "rope factors" else field: value})
 
 
 @pytest.mark.parametrize(
@@ -80,6 +111,8 @@ def test_bad_ladder(field: str, change: dict):
         ("ring_tokens", {"ring_tokens": 24}),
         ("query_tile_tokens", {"query_tile_tokens": 24}),
         ("prefill_tokens", {"ladder": LadderConfig(prefill_tokens=(24,))}),
+        ("kv_window", {"kv_window": -1}),
+        ("kv_window", {"kv_window": 1}),
         ("dops", {"num_instances": 4}),
     ],
 )

@@ -35,7 +35,7 @@ def test_random_use(seed: int) -> None:
     rng = random.Random(seed)
     ledger, ends, next_request = make_ledger(), {}, 0
     for _ in range(150):
-        action = rng.choice(("new", "extend", "extend", "extend", "move", "fork", "truncate", "free", "lose"))
+        action = rng.choice(("new", "extend", "extend", "extend", "move", "fork", "truncate", "slide", "free", "lose"))
         request = rng.choice(sorted(ends)) if ends else None
         instance = rng.randrange(3)
         if action == "new" and ledger.free_pages(instance) >= 3:
@@ -69,6 +69,13 @@ def test_random_use(seed: int) -> None:
         elif action == "truncate":
             ends[request] = rng.randint(0, ends[request])
             ledger.truncate(request, ends[request])
+        elif action == "slide" and ledger.tokens(request):
+            first_end = min(e.end for i in range(3) for e in ledger.table.pages(request, i))
+            start = first_end + rng.randint(0, 6)
+            assert first_end <= ledger.slide(request, start) <= start
+            assert all(e.end > start for i in range(3) for e in ledger.table.pages(request, i))
+            with pytest.raises(InvariantError, match="INV-5"):
+                ledger.slide(request, start)
         elif action in ("free", "lose"):
             instances = ledger.table.instances(request) if action == "free" else [instance]
             ledger.free(request, instances)

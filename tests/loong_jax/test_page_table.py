@@ -21,6 +21,7 @@ from loong_jax.types import (
     RunDecode,
     RunPrefill,
     Sampling,
+    Slide,
     Truncate,
 )
 
@@ -189,11 +190,16 @@ def test_commands():
     tables.apply(Truncate(7, 9))
     assert held(7) == [{9: (4, 2)}, {4: (0, 4), 5: (8, 1)}]
     assert held(8) == [{1: (12, 2)}, {5: (8, 4)}]
+    tables.apply(Slide(8, 12))
+    assert held(8) == [{1: (12, 2)}, {}]
+    tables.apply(Slide(8, 13))
+    assert held(8) == [{1: (12, 2)}, {}], "a page goes when all of it is passed"
     tables.apply(Free(7, (1,)))
     assert held(7) == [{9: (4, 2)}, {}]
     tables.apply(Reset((0,)))
     assert held(7) == [{}, {}]
-    assert held(8) == [{}, {5: (8, 4)}]
+    assert held(8) == [{}, {}]
+    tables.apply(Fork(7, 8, ((1, 5, Run(8, 4)),)))
     row = PrefillRow(8, 0, (Run(0, 4),), b"", (0,), (2,), True, Sampling(seed=3))
     move = PageMove(8, 1, 5, 0, 3, Run(8, 4))
     tables.apply(RunPrefill(6, (0, 1), 8, ContextForm.RING, (row,), (move,)))

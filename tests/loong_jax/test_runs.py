@@ -41,7 +41,7 @@ def test_against_positions(seed: int) -> None:
     table, model, next_page = RunTable(), Positions(), 0
     for _ in range(200):
         request, instance = rng.randrange(3), rng.randrange(3)
-        action = rng.choice(("put", "put", "put", "grow", "move", "share", "truncate", "drop"))
+        action = rng.choice(("put", "put", "put", "grow", "move", "share", "truncate", "slide", "drop"))
         if action == "put":
             run = Run(rng.randrange(60), rng.randint(1, 4))
             if not any((request, p) in model.homes for p in range(run.first, run.end)):
@@ -72,6 +72,13 @@ def test_against_positions(seed: int) -> None:
         elif action == "truncate":
             request, kv_len = rng.randrange(6), rng.randrange(70)
             assert set(table.truncate(request, kv_len)) == model.drop(request, lambda p, _, n=kv_len: p < n)
+        elif action == "slide":
+            request, start = rng.randrange(6), rng.randrange(30)
+            ends = {(i, e.page): e.end for i in range(3) for e in table.pages(request, i) if e.end <= start}
+            dropped, end = table.slide(request, start)
+            assert (set(dropped), end) == (set(ends), max(ends.values(), default=0))
+            kept = {p for (r, p), home in model.homes.items() if r == request and home[:2] not in ends}
+            model.drop(request, lambda p, _, kept=kept: p in kept)
         elif action == "drop":
             request = rng.randrange(6)
             dropped = model.drop(request, lambda _, i, j=instance: i not in (j, 2))
@@ -83,6 +90,10 @@ def test_against_positions(seed: int) -> None:
             assert table.instances(request) == sorted(homes)
             missing = [p for run in table.missing(request, 65) for p in range(run.first, run.end)]
             assert missing == [p for p in range(65) if (request, p) not in model.homes]
+            starts = [e.first for i in range(3) for e in table.pages(request, i)]
+            if starts:
+                missing = [p for run in table.missing(request, 65, min(starts)) for p in range(run.first, run.end)]
+                assert missing == [p for p in range(min(starts), 65) if (request, p) not in model.homes]
 
 
 def test_a_position_has_one_page() -> None:

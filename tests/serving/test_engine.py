@@ -6,7 +6,15 @@ import pytest
 from loong_jax.config import ClusterConfig, ConfigError, LimitsConfig, ladder_for
 from loong_jax.eventlog import read_event_log
 from loong_jax.types import Phase
-from serving.engine import Engine, EngineConfig, kv_token_bytes, read_model, validation_limits, wanted_programs
+from serving.engine import (
+    Engine,
+    EngineConfig,
+    for_model,
+    kv_token_bytes,
+    read_model,
+    validation_limits,
+    wanted_programs,
+)
 from tests.support.tiny_checkpoint import CONFIG, make_tiny_checkpoint
 
 CLUSTER = ClusterConfig(num_instances=4, ladder=ladder_for(4))
@@ -54,6 +62,18 @@ def test_sizes_and_limits():
     assert (limits.vocab_size, limits.max_position, limits.eos_ids) == (258, 8192, (257,))
     assert limits.max_context_tokens == 8192
     assert validation_limits(CONFIG, ClusterConfig(num_instances=1, pages_per_instance=4, ladder=ladder_for(1)))
+
+
+def test_a_window_lets_requests_outgrow_the_pool():
+    windowed = msgspec.structs.replace(CONFIG, windows=(40,) * CONFIG.num_layers)
+    small = ClusterConfig(num_instances=1, pages_per_instance=8, ladder=ladder_for(1))
+    for model, context in ((CONFIG, 129), (windowed, 8192)):
+        cluster = for_model(config(cluster=small), model).cluster
+        assert cluster.kv_window == model.kv_window
+        assert validation_limits(model, cluster).max_context_tokens == context
+    narrow = msgspec.structs.replace(CONFIG, windows=(100,) * CONFIG.num_layers)
+    cluster = for_model(config(cluster=small), narrow).cluster
+    assert validation_limits(narrow, cluster).max_context_tokens == 129, "not even a window fits with room to move"
 
 
 def test_the_dtype_asked_for_wins(tmp_path):

@@ -41,6 +41,7 @@ from loong_jax.types import (
     RunPrefill,
     Sampling,
     Scores,
+    Slide,
     StepCommand,
     StepDone,
     StepFailed,
@@ -58,6 +59,22 @@ class MockError(AssertionError):
 def require(condition: bool, *details: object) -> None:
     if not condition:
         raise MockError(*details)
+
+
+def kv_value(window: array[int], token: int) -> int:
+    """The KV of a token where every layer has a window: through the layers it depends on all KV before, so whatever is
+    computed again from anything but the beginning comes out otherwise."""
+    return zlib.crc32((window + array("i", [token])).tobytes()) >> 1
+
+
+def visible_kv(tokens: array[int], window: int) -> array[int]:
+    """What the position after `tokens` depends on directly. Without a window the KV of a token is the token."""
+    if not window:
+        return tokens
+    kv = array("i")
+    for token in tokens:
+        kv.append(kv_value(kv[max(0, len(kv) - window + 1) :], token))
+    return kv[-window:]
 
 
 def next_token(history: array[int], sampling: Sampling, adjusted: bytes = b"") -> int:
@@ -125,21 +142,30 @@ def oracle(
     num_tokens: int,
     adjustment: Adjustment | None = None,
     stop_ids: tuple[int, ...] = (),
+    *,
+    window: int = 0,
 ) -> list[int]:
+    """`window`: of every layer (0: none)."""
     history, out = array("i", prompt), []
     for _ in range(num_tokens):
-        out.append(next_token(history, sampling, adjusted(adjustment, prompt, out, stop_ids)))
+        seen = visible_kv(history, window)
+        out.append(next_token(seen, sampling, adjusted(adjustment, prompt, out, stop_ids)))
         history.append(out[-1])
     return out
 
 
 def check_reports(
-    prompt: array[int], tokens: list[int], tops: list[Top], scores: list[Scores], num_prompt_top: int | None
+    prompt: array[int],
+    tokens: list[int],
+    tops: list[Top],
+    scores: list[Scores],
+    num_prompt_top: int | None,
+    window: int = 0,
 ) -> None:
     """Likeliest tokens and the prompt's scores are those of the text before."""
     history = array("i", prompt)
     for token, top in zip(tokens, tops, strict=False):
-        assert top == likeliest(history, len(top.tokens)), (top, history)
+        assert top == likeliest(visible_kv(history, window), len(top.tokens)), (top, history)
         history.append(token)
     position = 0
     for part in scores:
@@ -147,7 +173,7 @@ def check_reports(
         ids = np.frombuffer(part.top_tokens, "<i4").reshape(len(values), -1)
         for value, row in zip(values, ids, strict=True):
             position += 1
-            before = array("i", prompt[:position])
+            before = visible_kv(array("i", prompt[:position]), window)
             assert value == score(before, prompt[position]), f"score of token {position}"
             assert tuple(row.tolist()) == likeliest(before, num_prompt_top or 0).tokens
 
@@ -215,6 +241,9 @@ class MockExecutor:
                 self._release(pair, command.request)
         elif isinstance(command, Truncate):
             for pair in self._table.truncate(command.request, command.kv_len):
+                self._release(pair, command.request)
+        elif isinstance(command, Slide):
+            for pair in self._table.slide(command.request, command.start)[0]:
                 self._release(pair, command.request)
         elif isinstance(command, Fork):
             self._table.share(command.parent, command.child, command.shared)
@@ -393,31 +422,30 @@ class MockExecutor:
         sampled, scores = [], []
         for row, entries in zip(command.rows, context, strict=True):
             known = self._visible(entries)
-            known |= self._fresh(row, known)
+            end = row.runs[-1].end
+            for position, token in self._fresh(row, known).items():
+                known[position] = self._computed(known, position, token)
+            require(set(range(self._first_seen(end), end)) <= set(known), "prefill over a hole", row.request, end)
             if command.score:
                 scores.append(self._score(row, known))
             else:
                 require(not row.targets, "targets without a scoring program", row)
-            end = row.runs[-1].end
-            require(set(range(end)) <= set(known), "prefill over a hole", row.request, end)
             for unit, home, page in zip(
                 buckets.units(row.runs, self._cluster.page_tokens), row.homes, row.pages, strict=True
             ):
                 self._pages[home][page] = [(p, known[p]) for p in range(unit.first, unit.end)]
             if row.emit:
-                require(len(known) == end, "emitting row does not end the request", row.request)
-                history = array("i", [known[p] for p in range(end)])
-                sampled.append(_sample(row, end, history, pending))
+                require(max(known) == end - 1, "emitting row does not end the request", row.request)
+                sampled.append(_sample(row, end, self._seen(known, end), pending))
         for move in command.moves:
             self._copy(move.src, move.src_page, move.dst, move.dst_page, move.run.first, move.run.count)
         return self._done(command.step, command.instances, sampled, tuple(scores))
 
-    @staticmethod
-    def _score(row: PrefillRow, known: dict[int, int]) -> Scores:
+    def _score(self, row: PrefillRow, known: dict[int, int]) -> Scores:
         """What a scoring program says of the tokens after those of the row."""
         positions, targets = [p for run in row.runs for p in range(run.first, run.end)], _ids(row.targets)
         require(len(targets) == len(positions), "targets and runs differ", row)
-        before = [array("i", [known[p] for p in range(position + 1)]) for position in positions]
+        before = [self._seen(known, position + 1) for position in positions]
         values = [score(history, target) for history, target in zip(before, targets, strict=True)]
         tops = [likeliest(history, row.num_top) for history in before]
         return Scores(
@@ -426,6 +454,23 @@ class MockExecutor:
             np.array([top.tokens for top in tops], "<i4").tobytes(),
             np.array([top.logprobs for top in tops], "<f4").tobytes(),
         )
+
+    def _first_seen(self, end: int) -> int:
+        """The first position that the sampling of token `end` depends on directly."""
+        return max(0, end - self._cluster.kv_window) if self._cluster.kv_window else 0
+
+    def _computed(self, known: dict[int, int], position: int, token: int) -> int:
+        """The KV at `position`, with what its window shows before it."""
+        if not self._cluster.kv_window:
+            return token
+        before = {p: kv for p, kv in known.items() if p < position}
+        return kv_value(self._seen(before, position, position + 1), token)
+
+    def _seen(self, known: dict[int, int], end: int, query: int | None = None) -> array[int]:
+        """The KV up to `end` that what comes at `query` (None: `end`) depends on directly."""
+        seen = range(self._first_seen(query or end), end)
+        require(all(p in known for p in seen), "computed over a hole", end, sorted(known))
+        return array("i", [known[p] for p in seen])
 
     def _fresh(self, row: PrefillRow, known: dict[int, int]) -> dict[int, int]:
         positions = [p for run in row.runs for p in range(run.first, run.end)]
@@ -453,10 +498,11 @@ class MockExecutor:
             page.append((row.position, token))
         sampled = []
         for row, entries in zip(command.rows, context, strict=True):
-            known = self._visible(entries)
-            require(len(known) == row.position + 1 == max(known) + 1, "decode over a hole", row, sorted(known))
-            history = array("i", [known[p] for p in range(row.position + 1)])
-            sampled.append(_sample(row, row.position + 1, history, pending))
+            known, end = self._visible(entries), row.position + 1
+            require(end == max(known) + 1, "decode over a hole", row, sorted(known))
+            known[row.position] = self._computed(known, row.position, known[row.position])
+            self._pages[row.master][row.page][-1] = (row.position, known[row.position])
+            sampled.append(_sample(row, end, self._seen(known, end), pending))
         return self._done(command.step, command.instances, sampled)
 
     def _done(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 import loong_jax
@@ -62,6 +63,10 @@ CHAOS_CLUSTERS = {
         8, 1, LadderConfig((1, 2, 3, 8), (16,), (4,), prefill_rows=3, move_pages=3, score_tokens=())
     ),
     "tp2": _chaos_cluster(4, 2, LadderConfig((1, 2, 4), (32,), (4,), prefill_rows=3, move_pages=3, score_tokens=())),
+    "windowed": msgspec.structs.replace(
+        _chaos_cluster(3, 1, LadderConfig((1, 3), (32,), (4,), prefill_rows=3, move_pages=3, score_tokens=())),
+        kv_window=50,
+    ),
 }
 """Small pools and few programs, for schedules that pick at random. Tests that share one share its executables."""
 
