@@ -50,12 +50,12 @@ class Draft:
         held = sum(resident.pages for resident in request.resident)
         return min(units, max(1, -(-self.cluster.kv_needed(request.known) // page_tokens) - held))
 
-    def want(self, phase: Phase, need: int, size: int) -> bool:
-        """Ask for a program of `size` rows or tokens, on the smallest set that covers `need`. False when there is
-        nothing to ask for: it is READY, or no group of the ladder can cover `need`."""
+    def want(self, phase: Phase, need: int, size: int, least_dop: int = 1) -> bool:
+        """Ask for a program of `size` rows or tokens, on the smallest set (of `least_dop` or more) that covers `need`.
+        False when there is nothing to ask for: it is READY, or no group of the ladder can cover `need`."""
         sizes = self.cluster.ladder.buckets(phase)
         bucket = next((b for b in sizes if b >= size), sizes[-1])
-        prepare = self.ready.wanted(phase, need, self.alive, bucket, self.cluster)
+        prepare = self.ready.wanted(phase, need, self.alive, bucket, self.cluster, least_dop)
         if prepare is not None:
             self.prepares.append(prepare)
         return prepare is not None

@@ -47,7 +47,7 @@ class ReadyGroups:
             groups.sort()
         self._ready = ready
         self._smallest: dict[tuple[Phase, int, int], Group | None] = {}
-        self._wanted: dict[tuple[Phase, int, int, int], PlannedPrepare | None] = {}
+        self._wanted: dict[tuple[Phase, int, int, int, int], PlannedPrepare | None] = {}
 
     def covering(self, phase: Phase, need: int, allowed: int) -> Iterable[Group]:
         """Groups that hold all of `need` and nothing outside `allowed`, smallest first."""
@@ -68,18 +68,21 @@ class ReadyGroups:
             mask |= group.mask
         return mask
 
-    def wanted(self, phase: Phase, need: int, alive: int, bucket: int, cluster: ClusterConfig) -> PlannedPrepare | None:
+    def wanted(
+        self, phase: Phase, need: int, alive: int, bucket: int, cluster: ClusterConfig, least_dop: int = 1
+    ) -> PlannedPrepare | None:
         """The program that would serve `need` best, if it is not READY: on the smallest arc of neighbours that covers
-        it, or, where lost instances break every arc, on the smallest set."""
-        key = (phase, need, alive, bucket)
+        it, or, where lost instances break every arc, on the smallest set; of `least_dop` instances or more."""
+        key = (phase, need, alive, bucket, least_dop)
         if key not in self._wanted:
-            self._wanted[key] = self._find_wanted(phase, need, alive, bucket, cluster)
+            self._wanted[key] = self._find_wanted(phase, need, alive, bucket, cluster, least_dop)
         return self._wanted[key]
 
     def _find_wanted(
-        self, phase: Phase, need: int, alive: int, bucket: int, cluster: ClusterConfig
+        self, phase: Phase, need: int, alive: int, bucket: int, cluster: ClusterConfig, least_dop: int
     ) -> PlannedPrepare | None:
-        dops = [dop for dop in cluster.ladder.dops if need.bit_count() <= dop <= alive.bit_count()]
+        least_dop = max(least_dop, need.bit_count())
+        dops = [dop for dop in cluster.ladder.dops if least_dop <= dop <= alive.bit_count()]
         n = cluster.num_instances
         arcs = (mask_of((first + k) % n for k in range(dop)) for dop in dops for first in range(n))
         instances = next((members(arc) for arc in arcs if need & ~arc == 0 and arc & ~alive == 0), None)

@@ -219,7 +219,14 @@ class PrefillPlanner:
             return
         groups = self.draft.ready.covering(phase, need, self.draft.alive)
         if head.resident and not any(self.draft.free[i] > 0 for group in groups for i in group.instances):
-            self.draft.block(head)
+            if not (head.score and self.draft.want(phase, need, 1, self._least_dop(head))):
+                self.draft.block(head)
+
+    def _least_dop(self, head: RequestView) -> int:
+        """Instances that can hold all of the head. Of ordinary programs the largest group is always READY; scoring ones
+        are made as they are wanted."""
+        num_pages = sum(r.pages for r in head.resident) + self.draft.pages_needed(head)
+        return -(-num_pages // self.draft.cluster.pages_per_instance)
 
 
 def take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[Run, ...]:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from loong_jax.model.oracle import Oracle
+from loong_jax.types import Adjustment
 from serving.client import Generation, LoongClient, generate_request
+from tests.support import sampling_reference as reference
 from tests.support.process import ROOT, Process, free_port
 from tests.support.tiny_checkpoint import CONFIG, make_tiny_checkpoint
 
@@ -89,6 +91,49 @@ def test_sampling_repeats_with_its_seed_and_text_comes_back(served):
     other = answers(address, generate_request("some text", max_tokens=16, temperature=1.0, seed=12, ignore_eos=True))[0]
     assert other.token_ids != first.token_ids
     assert first.text
+
+
+def test_every_kind_of_sampling_is_the_definitions(served, checkpoint):
+    """Penalties, bans, biases, likeliest tokens; a prompt's own, by a program made when it is first wanted; choices."""
+    address, _, _ = served
+    oracle = Oracle(CONFIG, checkpoint[1])
+    bias = {7: 3.0, 9: -100.0}
+    request = generate_request(
+        PROMPT, max_tokens=10, ignore_eos=True, presence_penalty=0.5, frequency_penalty=0.7, repetition_penalty=1.2,
+        logit_bias=bias, min_tokens=5, stop_token_ids=[3, 4], top_logprobs=5, prompt_logprobs=2,
+    )  # fmt: skip
+    choices = generate_request(PROMPT, max_tokens=6, temperature=1.0, min_p=0.05, seed=5, n=3, ignore_eos=True)
+    singles = [
+        generate_request(PROMPT, max_tokens=6, temperature=1.0, min_p=0.05, seed=5 + i, ignore_eos=True)
+        for i in range(3)
+    ]
+
+    async def run():
+        async with LoongClient(address) as client:
+            return await asyncio.gather(
+                client.generate(request, 120), client.generate_choices(choices, 120),
+                *(client.generate(single, 120) for single in singles),
+            )  # fmt: skip
+
+    answer, together, *alone = asyncio.run(run())
+    assert [choice.token_ids for choice in together] == [other.token_ids for other in alone]
+    assert len({tuple(choice.token_ids) for choice in together}) > 1
+
+    rows = oracle.logits(np.array(PROMPT + answer.token_ids))
+    raw = np.stack([reference.logprobs(row) for row in rows])
+    adjustment = Adjustment(tuple(sorted(bias.items())), 5, 1.2, 0.7, 0.5)
+    for index, token in enumerate(answer.token_ids):
+        place = len(PROMPT) - 1 + index
+        scores = reference.adjusted(rows[place], adjustment, PROMPT, answer.token_ids[:index], (3, 4))
+        assert scores[token] > scores.max() - 1e-3
+        np.testing.assert_allclose(answer.logprobs[index], raw[place, token], atol=1e-4)
+        np.testing.assert_allclose(answer.top_logprobs[index].logprobs, np.sort(raw[place])[::-1][:5], atol=1e-4)
+    assert [part.first for part in answer.prompt_logprobs] == [1]
+    (scores,) = answer.prompt_logprobs
+    theirs = raw[np.arange(len(PROMPT) - 1), PROMPT[1:]]
+    np.testing.assert_allclose(scores.logprobs, theirs, atol=1e-4)
+    best = np.sort(raw[: len(PROMPT) - 1], axis=1)[:, ::-1][:, :2]
+    np.testing.assert_allclose(np.reshape(scores.top_logprobs, (-1, 2)), best, atol=1e-4)
 
 
 def test_a_cancelled_call_frees_its_pages(served):

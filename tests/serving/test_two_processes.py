@@ -18,8 +18,9 @@ from loong_jax.cost.linear import LinearCost
 from loong_jax.eventlog import read_event_log
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
-from loong_jax.types import AnyCommand, RunDecode, RunPrefill
+from loong_jax.types import Adjustment, AnyCommand, RunDecode, RunPrefill
 from serving.client import Generation, LoongClient, generate_request
+from tests.support import sampling_reference as reference
 from tests.support.fixtures import load_fixture, model_directory, random_prompt
 from tests.support.process import ROOT, Process, free_port
 
@@ -81,6 +82,26 @@ def check_with_oracle(prompt: list[int], answer: Generation) -> None:
     assert (rows.max(-1) - theirs < 1e-3).all()
 
 
+def check_sampling(address: str, prompt: list[int]) -> None:
+    """Every process counts what penalties need, and answers to one prompt are as if each were asked for alone."""
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}}
+    greedy = generate_request(prompt, max_tokens=8, ignore_eos=True, **penalties)
+    warm = {"max_tokens": 4, "temperature": 1.0, "ignore_eos": True, "seed": 3}
+
+    async def choices() -> list[Generation]:
+        async with LoongClient(address) as client:
+            return await client.generate_choices(generate_request(prompt, n=2, **warm), 240)
+
+    together = asyncio.run(choices())
+    answer, *alone = answers(address, greedy, *(generate_request(prompt, **warm | {"seed": 3 + i}) for i in range(2)))
+    assert [choice.token_ids for choice in together] == [other.token_ids for other in alone]
+    rows = load_fixture(FIXTURE).oracle.logits(np.array(prompt + answer.token_ids))[len(prompt) - 1 : -1]
+    adjustment = Adjustment(((5, 2.0),), 0, 1.3, 0.5, 0.5)
+    for index, (row, token) in enumerate(zip(rows, answer.token_ids, strict=True)):
+        scores = reference.adjusted(row, adjustment, prompt, answer.token_ids[:index])
+        assert scores[token] > scores.max() - 1e-3
+
+
 def commands_of(log: Path) -> list[AnyCommand]:
     """The leader's commands, by replay of its log."""
     header, frames = read_event_log(log)
@@ -102,6 +123,7 @@ def test_groups_over_both_processes_give_the_oracles_tokens(engine):
     prompts = [prompt_of(LONG_TOKENS, 0), prompt_of(60, 1), prompt_of(9, 2), prompt_of(400, 3)]
     requests = [generate_request(p, max_tokens=12, ignore_eos=True) for p in prompts]
     together = answers(engine.address, *requests)
+    check_sampling(engine.address, prompts[3])
     alone = [answers(engine.address, request)[0] for request in (requests[0], requests[3])]
     for prompt, answer in zip([*prompts, prompts[0], prompts[3]], [*together, *alone], strict=True):
         assert len(answer.token_ids) == 12

@@ -17,7 +17,10 @@ LIMITS = LimitsConfig(chunk_tokens=32, decode_headroom_pages=1)
 
 def cluster(num_instances: int = 4, dops: Sequence[int] = (1, 2, 3, 4)) -> ClusterConfig:
     ladder = LadderConfig(
-        dops=tuple(dop for dop in dops if dop <= num_instances), prefill_tokens=(16,), decode_rows=(2,)
+        dops=tuple(dop for dop in dops if dop <= num_instances),
+        prefill_tokens=(16,),
+        decode_rows=(2,),
+        score_tokens=(16,),
     )
     return ClusterConfig(
         num_instances, page_tokens=PAGE_TOKENS, pages_per_instance=16, ring_tokens=16, query_tile_tokens=16,
@@ -49,13 +52,15 @@ def decoding(
     )  # fmt: skip
 
 
-def prompting(request: int, prompt_len: int, pages: dict[int, int] | None = None, in_flight: int = 0) -> RequestView:
+def prompting(
+    request: int, prompt_len: int, pages: dict[int, int] | None = None, in_flight: int = 0, score: bool = False
+) -> RequestView:
     """One whose first pages, `pages` by instance, hold KV, and whose other positions need prefill."""
     resident = tuple(Resident(i, n * PAGE_TOKENS, n) for i, n in (pages or {}).items())
     done = sum(r.tokens for r in resident)
     return RequestView(
         request, request, prompt_len, prompt_len, prompt_len, 100, 0, False, (Run(done, prompt_len - done),), resident,
-        None, (), in_flight, 0,
+        None, (), in_flight, 0, score,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from loong_jax.policy.groups import mask_of
 from loong_jax.policy.simple_prefill import PrefillPlanner, take
-from loong_jax.types import ContextForm, Run
+from loong_jax.types import ContextForm, Phase, Program, Run
 from tests.support.views import FOUR, LIMITS, decoding, draft, instance, prompting
 
 
@@ -99,3 +99,24 @@ def test_a_program_is_asked_for_when_none_is_ready() -> None:
     prefills, _, made = batches(prompting(0, 8), ready=[])
     assert prefills == []
     assert [(p.program.dop, p.instances) for p in made.prepares] == [(1, (0,))]
+
+
+def test_scored_prompts_have_batches_of_their_own() -> None:
+    prompts = prompting(0, 8, score=True), prompting(1, 8), prompting(2, 8, score=True), prompting(3, 8)
+    prefills, _, _ = batches(*prompts)
+    assert [([row.request for row in p.rows], p.score) for p in prefills] == [([0, 2], True), ([1, 3], False)]
+
+
+def test_scoring_programs_are_asked_for_when_they_are_wanted() -> None:
+    """First on one instance; when that is full, on as many as the prompt needs, and nothing is evicted meanwhile."""
+    alone = (Program(Phase.SCORE, 1, 16), (0,))
+    _, _, made = batches(prompting(0, 100, score=True), ready=[])
+    assert [p.program for p in made.prepares] == [alone[0]]
+    full = prompting(0, 100, {0: 16}, score=True)  # 25 pages; an instance has 16
+    instances = [instance(0, free=0), instance(1), instance(2), instance(3)]
+    prefills, _, made = batches(full, instances=instances, ready=[alone])
+    assert (prefills, made.blocked) == ([], None)
+    assert [(p.program, p.instances) for p in made.prepares] == [(Program(Phase.SCORE, 2, 16), (0, 1))]
+    pair = (Program(Phase.SCORE, 2, 16), (0, 1))
+    (prefill,), _, _ = batches(full, instances=instances, ready=[alone, pair])
+    assert prefill.instances == (0, 1)
