@@ -30,13 +30,28 @@ def varying_zero(*arrays: Shaped[Array, "..."]) -> Float[Array, ""]:
     return zero.astype(jnp.float32)
 
 
-def start(kvh: int, num_queries: int, dim: int, zero: Float[Array, ""]) -> Running:
-    """The state before any tile; `zero` comes from `varying_zero`."""
-    return Running(
-        jnp.full((kvh, num_queries), NEG) + zero,
-        jnp.zeros((kvh, num_queries)) + zero,
-        jnp.zeros((kvh, num_queries, dim)) + zero,
-    )
+def start(shape: tuple[int, ...], dim: int, zero: Float[Array, ""]) -> Running:
+    """The state before any tile; `shape`: that of `top`; `zero` comes from `varying_zero`."""
+    return Running(jnp.full(shape, NEG) + zero, jnp.zeros(shape) + zero, jnp.zeros((*shape, dim)) + zero)
+
+
+def _products(subscripts: str, a: Array, b: Array) -> Float[Array, "..."]:
+    # float32 inputs mean that somebody checks digits; products of bfloat16 are exact in the hardware's default.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scores(subscripts: str, q: Array, k: Array, visible: Array, scale: float, soft_cap: float | None) -> Array:
+    score = _products(subscripts, q, k) * scale
+    if soft_cap is not None:
+        score = soft_cap * jnp.tanh(score / soft_cap)
+    return jnp.where(visible, score, NEG)
+
+
+def _shift(top: Array) -> Array:
+    """What scores are lowered by. A query that has seen nothing yet has top == NEG and would weigh hidden keys exp(0):
+    its shift is 0 instead."""
+    return jnp.where(top == NEG, 0.0, top)[..., None]
 
 
 def fold(
@@ -52,18 +67,42 @@ def fold(
     """Folds one tile in. V must be finite also where no query looks (0 * NaN is NaN); hidden K may be anything."""
     dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k, v = (a.astype(dtype) for a in (q, k, v))
-    # float32 inputs mean that somebody checks digits; products of bfloat16 are exact in the hardware's default.
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-    score = jnp.einsum("kqd,ksd->kqs", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
-    if soft_cap is not None:
-        score = soft_cap * jnp.tanh(score / soft_cap)
-    score = jnp.where(visible, score, NEG)
+    score = _scores("kqd,ksd->kqs", q, k, visible, scale, soft_cap)
     top = jnp.maximum(running.top, score.max(axis=-1))
-    # A query that has seen nothing yet has top == NEG and would weigh hidden keys exp(0): its shift is 0 instead.
-    weight = jnp.exp(score - jnp.where(top == NEG, 0.0, top)[..., None])
+    weight = jnp.exp(score - _shift(top))
     decay = jnp.exp(running.top - top)
-    acc = jnp.einsum("kqs,ksd->kqd", weight.astype(dtype), v, precision=precision, preferred_element_type=jnp.float32)
+    acc = _products("kqs,ksd->kqd", weight.astype(dtype), v)
     return Running(top, running.total * decay + weight.sum(axis=-1), running.acc * decay[..., None] + acc)
+
+
+def fold_tiles(
+    running: Running,
+    here: Bool[Array, "row tile"],
+    q: Float[Array, "tile kvh query dim"],
+    k: Float[Array, "tile kvh ctx dim"],
+    v: Float[Array, "tile kvh ctx dim"],
+    visible: Bool[Array, "tile query ctx"],
+    *,
+    scale: float,
+    soft_cap: float | None,
+) -> Running:
+    """Folds several tiles into several rows at once: tile `t`, with its own queries, into the row where `here[:, t]`.
+
+    `running`: `[row, kvh, query, ...]`. Sums over the tiles of a row are products with `here`: scatters are slow loops
+    on CPU. Otherwise as `fold`.
+    """
+    dtype = jnp.promote_types(q.dtype, k.dtype)
+    q, k, v = (a.astype(dtype) for a in (q, k, v))
+    score = _scores("tkqd,tksd->tkqs", q, k, visible[:, None], scale, soft_cap)
+    of_row = here[:, :, None, None]
+    top = jnp.maximum(running.top, jnp.where(of_row, score.max(axis=-1), NEG).max(axis=1))
+    # The top of a tile's row; exact, as it is one of the tops times one, and zeros.
+    weight = jnp.exp(score - _shift(jnp.where(of_row, top[:, None], 0.0).sum(axis=0)))
+    weight = jnp.where(visible[:, None], weight, 0.0)  # a tile of no row has shift 0
+    decay = jnp.exp(running.top - top)
+    total = jnp.where(of_row, weight.sum(axis=-1), 0.0).sum(axis=1)
+    acc = _products("rt,tkqd->rkqd", here.astype(jnp.float32), _products("tkqs,tksd->tkqd", weight.astype(dtype), v))
+    return Running(top, running.total * decay + total, running.acc * decay[..., None] + acc)
 
 
 def finish(running: Running, num_tokens: int) -> Partial:

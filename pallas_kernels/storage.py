@@ -37,14 +37,17 @@ def _pad_dim(values: Array, pool_dim: int) -> Array:
 def gather_heads(
     kv_pages: Shaped[Array, "layers pages 2 kvh page_tokens pool_dim"],
     layer: int | Int[Array, ""],
-    pages: Int[Array, " n"],
+    pages: Int[Array, "*tile n"],
     dim: int,
-) -> Float[Array, "2 kvh ctx dim"]:
-    """K and V of whole pages of one layer, heads outside: what attention eats. Otherwise as `gather_pages`."""
-    _, num_pages, _, kvh, _, _ = kv_pages.shape
+) -> Float[Array, "2 *tile kvh ctx dim"]:
+    """K and V of whole pages of one layer, heads outside: what attention eats. Otherwise as `gather_pages`; leading
+    axes of `pages` stay."""
+    _, num_pages, _, kvh, page_tokens, _ = kv_pages.shape
+    *tile, n = pages.shape
     pages = jnp.clip(pages, 0, num_pages - 1)
-    stored = kv_pages.at[layer, pages].get(mode="promise_in_bounds")  # [n, 2, kvh, page_tokens, pool_dim]
-    return decode_bits(stored[..., :dim]).transpose(1, 2, 0, 3, 4).reshape(2, kvh, -1, dim)
+    stored = kv_pages.at[layer, pages].get(mode="promise_in_bounds")  # [*tile, n, 2, kvh, page_tokens, pool_dim]
+    heads_outside = jnp.moveaxis(decode_bits(stored[..., :dim]), (-4, -3), (0, -4))
+    return heads_outside.reshape(2, *tile, kvh, n * page_tokens, dim)
 
 
 def gather_pages(

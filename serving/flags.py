@@ -88,8 +88,11 @@ TopLogprobs = Annotated[
 PromptLogprobs = Annotated[int | None, typer.Option(help="Print the prompt's tokens in the same way. Absent: not.")]
 
 
-# An executable takes hundreds of memory mappings on CPU, and a process gets 65,530 by default.
+# An executable takes hundreds of memory mappings on CPU, and a process gets 65,530 by default: with many instances, and
+# so many groups, there is room for one size of each step.
 CPU_LADDER = LadderConfig(prefill_tokens=(512,), decode_rows=(8,), score_tokens=(512,))
+CPU_LADDER_OF_FEW = LadderConfig(prefill_tokens=(512, 2048), decode_rows=(1, 8, 32), score_tokens=(512,))
+FEW_INSTANCES = 2
 
 
 def cluster_config(
@@ -108,7 +111,10 @@ def cluster_config(
     """Raises ConfigError."""
     if instances < 1:
         raise ConfigError("instances: must be positive")
-    ladder = ladder_for(instances, CPU_LADDER if platform == "cpu" else LadderConfig())
+    ladder = LadderConfig()
+    if platform == "cpu":
+        ladder = CPU_LADDER_OF_FEW if instances <= FEW_INSTANCES else CPU_LADDER
+    ladder = ladder_for(instances, ladder)
     given = {
         "prefill_tokens": ("prefill-buckets", prefill_buckets),
         "decode_rows": ("decode-buckets", decode_buckets),

@@ -89,7 +89,8 @@ class PrefillPlanner:
         need = mask_of(r.instance for r in head.resident)
         if need & ~allowed:
             return None
-        chunk = max(1, self.draft.limits.chunk_tokens // self.draft.cluster.page_tokens)
+        chunk_tokens = min(self.draft.limits.chunk_tokens, self._largest(head, need, allowed))
+        chunk = max(1, chunk_tokens // self.draft.cluster.page_tokens)
         joiners = [
             c for c in candidates[1:] if c.score == head.score and mask_of(r.instance for r in c.resident) & ~need == 0
         ]
@@ -105,6 +106,11 @@ class PrefillPlanner:
                 budget = min(budget, self._units(rows)) // 2
         self._starved(head, need, allowed)
         return None
+
+    def _largest(self, head: RequestView, need: int, allowed: int) -> int:
+        """Tokens of the largest step that a group may take: asking for more would only be halved again and again."""
+        groups = self.draft.ready.covering(head.prefill_phase, need, allowed)
+        return max((group.bucket * group.dop for group in groups), default=0)
 
     def _rows(
         self, head: RequestView, joiners: Sequence[RequestView], budget: int

@@ -128,7 +128,7 @@ def flash_partial(
                 visible &= pos[:, None] - kv_poss[j] < window
             return fold(running, qi, ks[j], vs[j], jnp.tile(visible, (group, 1)), scale=scale, soft_cap=soft_cap)
 
-        return finish(lax.fori_loop(0, count, one_kv_block, start(kvh, group * bq, dim, zero)), bq)
+        return finish(lax.fori_loop(0, count, one_kv_block, start((kvh, group * bq), dim, zero)), bq)
 
     out, lse = lax.map(one_q_block, (qs, q_reqs, q_poss, lists, counts))
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_tokens], Partial(out, lse))

@@ -114,4 +114,4 @@ def test_paged_memory_is_far_below_the_pool():
     pool = jax.ShapeDtypeStruct((8, 1024, 2, 2, 16, 64), jnp.uint16)
     arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in OPS["paged"][1].items()} | {"kv_pages": pool}
     memory = jax.jit(call_paged).lower(arrays).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 2**20
+    assert memory.temp_size_in_bytes < pool.size * 2 / 16

@@ -10,7 +10,7 @@ from pallas_kernels import storage
 from pallas_kernels.flash_partial import flash_partial
 from pallas_kernels.paged_partial import paged_partial
 
-LAYERS, PAGES, KVH, PAGE_TOKENS, POOL_DIM, DIM = 4, 256, 2, 16, 64, 48
+LAYERS, PAGES, KVH, PAGE_TOKENS, POOL_DIM, DIM = 4, 512, 2, 16, 64, 48
 STORAGE = [jnp.float32, jnp.uint16]
 """bfloat16 itself is for TPU and GPU: XLA's CPU backend in jax 0.10 converts such a pool as a whole."""
 
