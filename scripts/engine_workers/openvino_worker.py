@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
-import openvino_genai as genai
-from optimum.intel import OVModelForCausalLM
+import openvino as ov  # pyright: ignore[reportMissingImports]
+import openvino_genai as genai  # pyright: ignore[reportMissingImports]
+from optimum.intel import OVModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 CACHE_GB = 8
 

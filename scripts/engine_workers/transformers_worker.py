@@ -10,8 +10,8 @@ import os
 import sys
 import time
 
-import torch
-from transformers import AutoModelForCausalLM
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 
 def prompt(model, batch: int, num_tokens: int) -> torch.Tensor:
