@@ -87,8 +87,8 @@ class Leaf(msgspec.Struct, frozen=True):
     transpose: bool
 
     def read(self, tensors: Tensors, shape: tuple[int, ...], dtype: np.dtype, each: Each = map) -> np.ndarray:
-        """The leaf as a host array; what the pieces do not fill (a padded vocabulary) is zero. `each`: `map`, or that of
-        an executor whose threads share the blocks."""
+        """The leaf as a host array; what the pieces do not fill (a padded vocabulary) is zero. `each`: `map`, or that
+        of an executor whose threads share the blocks."""
         out = _aligned_zeros(shape, dtype)
         ends = accumulate(piece.num_rows for piece in self.pieces)
         jobs = [

@@ -25,7 +25,7 @@ def causal_attention(
     v: Float[Array, "tok kvh dim"],
     *,
     scale: float | None = None,
-    window: int | None = None,
+    window: int | Array | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "tok head dim"]:
     """Exact softmax attention of each token to itself and all before it, in float32. The number of tokens is at most

@@ -4,6 +4,7 @@ A new implementation adds its name to the op's table and, where it refuses cases
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +61,22 @@ def test_flash_partial(case: cases.FlashCase, implementation: str):
     inputs = cases.flash_inputs(case)
     got = run("flash_partial", flash.flash_partial, implementation, case, inputs)
     check(got, cases.dense_flash(case, inputs, case.dim**-0.5), TOLERANCE[case.dtype])
+
+
+def test_a_window_may_be_data():
+    """As where scanned layers differ: a traced window gives what the static one does."""
+    flash_case = next(case for case in cases.FLASH_CASES if case.window and case.dtype == "float32")
+    paged_case = next(case for case in cases.PAGED_CASES if case.window and case.dtype == "float32")
+    for public, case, inputs in (
+        (flash.flash_partial, flash_case, cases.flash_inputs(flash_case)),
+        (paged.paged_partial, paged_case, cases.paged_inputs(paged_case)),
+    ):
+        for implementation in ("blockwise", "reference"):
+            options = {"scale": case.dim**-0.5, "soft_cap": case.soft_cap, "implementation": implementation}
+            traced = jax.jit(lambda kw, window, f=public, o=options: f(**kw, **o, window=window))
+            static = jax.jit(lambda kw, f=public, o=options, w=case.window: f(**kw, **o, window=w))
+            for got, want in zip(traced(inputs, jnp.int32(case.window)), static(inputs), strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", paged.IMPLEMENTATIONS)

@@ -14,7 +14,7 @@ from loong_jax.model.decoder import init_params, param_structs
 from loong_jax.model.export import save_checkpoint
 from loong_jax.model.hf_config import read_config
 from loong_jax.model.safetensors_reader import SINGLE_FILE
-from tests.support.fixtures import NAMES, model_directory
+from tests.support.fixtures import FAMILY_NAMES, NAMES, model_directory
 
 CONFIG = ModelConfig("llama", 101, 64, 96, 2, 4, 2, 16, 4096)
 
@@ -73,7 +73,7 @@ def test_shards_equal_slices_cut_by_hand(directory, tp, stacked):
         np.testing.assert_array_equal(tree["final_norm"][0], tensors["model.norm.weight"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + FAMILY_NAMES)
 def test_every_fixture_loads(name):
     config = read_config(model_directory(name))
     loaded = load(model_directory(name), config, tp=2)

@@ -30,10 +30,15 @@ class FakeTensors:
         return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)[index]
 
 
+BIASED = msgspec.structs.replace(CONFIG, family="qwen3", qkv_bias=True, o_bias=True)
+GEMMA3 = msgspec.structs.replace(CONFIG, family="gemma3_text")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_ranks_cover_every_tensor(tp, tied):
-    config = msgspec.structs.replace(CONFIG, tie_embeddings=tied)
+@pytest.mark.parametrize("config", [CONFIG, BIASED, GEMMA3], ids=lambda config: config.family)
+def test_ranks_cover_every_tensor(config, tp, tied):
+    config = msgspec.structs.replace(config, tie_embeddings=tied)
     covered = {}
     for rank in range(tp):
         for leaf in leaves_of(config, tp, rank):
@@ -41,7 +46,7 @@ def test_ranks_cover_every_tensor(tp, tied):
                 counts = covered.setdefault(piece.name, np.zeros(piece.shape, int))
                 counts[(slice(None),) * piece.axis + (slice(piece.start, piece.stop),)] += 1
     replicas = {name: {1} for name in covered}
-    replicas |= {name: {tp} for name in covered if "norm" in name}
+    replicas |= {name: {tp} for name in covered if "norm" in name or name.endswith("o_proj.bias")}
     if tp == 4:  # more ranks than KV heads
         replicas |= {name: {2} for name in covered if "k_proj" in name or "v_proj" in name}
     assert {name: set(counts.flat) for name, counts in covered.items()} == replicas
@@ -49,10 +54,14 @@ def test_ranks_cover_every_tensor(tp, tied):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_paths_are_those_of_the_parameters(tp):
-    structs = param_structs(CONFIG, tp, stacked=False)
-    paths = [leaf.path for leaf in leaves_of(CONFIG, tp, 0)]
-    assert len(paths) == len(set(paths)) == 3 + 6 * CONFIG.num_layers
+@pytest.mark.parametrize(
+    ("config", "per_layer"), [(CONFIG, 6), (BIASED, 10), (GEMMA3, 10)], ids=("llama", "qwen3", "gemma3")
+)
+def test_the_paths_are_those_of_the_parameters(config, per_layer, tp):
+    structs = param_structs(config, tp, stacked=False)
+    paths = [leaf.path for leaf in leaves_of(config, tp, 0)]
+    assert len(paths) == len(set(paths)) == 3 + per_layer * config.num_layers
+    assert len(jax.tree.leaves(structs)) == len(paths)
     for path in paths:
         value = structs
         for key in path:
