@@ -11,11 +11,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from loong_jax.config import ModelConfig
-from loong_jax.model.decoder import Params, decode_stack, logits
+from loong_jax.model.decoder import Params, decode_stack, layer_window, logits
 from loong_jax.model.rope import rotate, rotation
 
 QUERY_BLOCK = 256
@@ -29,6 +30,8 @@ class Mutation(Enum):
 
 
 def attend_replaced(
+    config: ModelConfig,
+    layer: int,
     q: Float[Array, "tok head dim"],
     k: Float[Array, "tok kvh dim"],
     v: Float[Array, "tok kvh dim"],
@@ -37,18 +40,26 @@ def attend_replaced(
     v_own: Float[Array, "tok kvh dim"],
     bias: Float[Array, " tok"],
 ) -> Float[Array, "tok head dim"]:
-    """Causal attention in which query t sees `k_own[t], v_own[t]` in the place of token `column[t]` (nothing is
+    """The layer's attention in which query t sees `k_own[t], v_own[t]` in the place of token `column[t]` (nothing is
     replaced where it is negative), with `bias[t]` added to that score."""
     num_tokens, _, dim = q.shape
+    window = layer_window(config, layer) or num_tokens
+
+    def scored(products):
+        scores = products * config.attention_scale
+        cap = config.attn_soft_cap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
+
     block = min(QUERY_BLOCK, num_tokens)
     assert num_tokens % block == 0
 
     def attend_block(args):
         first, rows, column, k_own, v_own, bias = args
-        scores = jnp.einsum("tkgd,skd->kgts", rows, k) * dim**-0.5
-        visible = jnp.arange(num_tokens)[None, :] <= first + jnp.arange(block)[:, None]
+        scores = scored(jnp.einsum("tkgd,skd->kgts", rows, k))
+        distance = first + jnp.arange(block)[:, None] - jnp.arange(num_tokens)[None, :]
+        visible = (distance >= 0) & (distance < window)
         replaced = jnp.arange(num_tokens)[None, :] == column[:, None]
-        own = jnp.einsum("tkgd,tkd->kgt", rows, k_own) * dim**-0.5 + bias
+        own = scored(jnp.einsum("tkgd,tkd->kgt", rows, k_own)) + bias
         scores = jnp.where(replaced, own[..., None], scores)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         # A query that sees nothing at all (the first one, hidden from itself) gets zero.
@@ -72,9 +83,12 @@ def _mutated(params: Params, config: ModelConfig, tokens, kv, layer, mutation, d
     positions = jnp.arange(tokens.shape[0])
     target = positions - distance
     source = jnp.where(mutation == Mutation.NEIGHBOUR.value, jnp.where(target > 0, target - 1, 1), target)
-    later = rotation(config.rope, config.head_dim, jnp.ones_like(positions))
+    lengths = jnp.full_like(positions, tokens.shape[0])
 
     def attend(kv, index, q, k, v):
+        own = config.window_rope if config.window_rope is not None and config.windows[index] else config.rope
+        plain = msgspec.structs.replace(own, attention_factor=1.0)  # the right keys are scaled already
+        later = rotation(plain, config.head_dim, jnp.ones_like(positions), lengths)
         right_k, right_v = kv[index]
         k_spoilt, v_spoilt = right_k[source], right_v[source]
         shifted = rotate(k_spoilt, later)
@@ -83,6 +97,8 @@ def _mutated(params: Params, config: ModelConfig, tokens, kv, layer, mutation, d
         bias = jnp.where(mutation == Mutation.DOUBLE.value, jnp.log(2.0), bias)
         here = index == layer
         out = attend_replaced(
+            config,
+            index,
             q,
             right_k,
             right_v,
@@ -93,7 +109,7 @@ def _mutated(params: Params, config: ModelConfig, tokens, kv, layer, mutation, d
         )
         return out, kv
 
-    hidden, _ = decode_stack(params, config, tokens, positions, attend, kv)
+    hidden, _ = decode_stack(params, config, tokens, positions, attend, kv, rope_len=lengths)
     return jax.nn.log_softmax(logits(params, config, hidden), axis=-1)
 
 
@@ -104,9 +120,10 @@ def right_run(params: Params, config: ModelConfig, tokens: Int[Array, " tok"]):
     nothing = jnp.full(tokens.shape, -1)
 
     def attend(kv, layer, q, k, v):
-        return attend_replaced(q, k, v, nothing, k, v, jnp.zeros(tokens.shape)), [*kv, (k, v)]
+        return attend_replaced(config, layer, q, k, v, nothing, k, v, jnp.zeros(tokens.shape)), [*kv, (k, v)]
 
-    hidden, kv = decode_stack(params, config, tokens, jnp.arange(tokens.shape[0]), attend, [])
+    positions, lengths = jnp.arange(tokens.shape[0]), jnp.full_like(nothing, tokens.shape[0])
+    hidden, kv = decode_stack(params, config, tokens, positions, attend, [], rope_len=lengths)
     return jax.nn.log_softmax(logits(params, config, hidden), axis=-1), kv
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loong_jax.model.decoder import decode_stack, init_params, logits
-from tests.support.fixtures import NAMES, load_fixture, random_prompt
+from tests.support.fixtures import FAMILY_NAMES, NAMES, load_fixture, random_prompt
 from tests.support.kv_mutation import Mutation, mutated_change, right_run
 
 POWER, NOISE = 1e-2, 1e-4
@@ -29,7 +29,7 @@ def least_change(fixture, num_tokens, mutation, layer, distances=(0, 1)):
 
 
 @pytest.mark.parametrize("mutation", Mutation, ids=lambda m: m.name)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + FAMILY_NAMES)
 def test_every_token_at_every_layer_matters(name, mutation):
     fixture = load_fixture(name)
     for layer in range(fixture.config.num_layers):
