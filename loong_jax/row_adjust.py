@@ -15,7 +15,7 @@ BAN = -1e30
 """Added to a logit that must not be sampled: far below every other, and finite whatever is done to it later."""
 
 TOKEN, BEFORE, AFTER = range(3)
-"""Columns of an entry: the token, bits of the addend before the repetition penalty, and after it."""
+"""Lines of the entries: the token, bits of the addend before the repetition penalty, and after it."""
 
 
 def max_entries(adjustment: Adjustment, stop_ids: tuple[int, ...], max_tokens: int, vocab_size: int) -> int:
@@ -26,7 +26,7 @@ def max_entries(adjustment: Adjustment, stop_ids: tuple[int, ...], max_tokens: i
 
 
 class RowAdjust:
-    """`entries` `[num, 3]` int32 and `seen` `[word]` int32 are what a row of the step gets, but for the bans."""
+    """What a row of the step gets (`adjust_layout`), kept up to date token by token."""
 
     def __init__(self, command: Adjust, vocab_size: int):
         self.adjustment = adjustment = command.adjustment
@@ -37,13 +37,13 @@ class RowAdjust:
         tokens = [*self._banned, *(token for token in bias if token not in self._banned)]
         self._index = {token: index for index, token in enumerate(tokens)}
         self._counts: dict[int, int] = {}
-        self._entries = np.zeros((max(16, len(tokens)), 3), np.int32)
-        self._entries[: len(tokens), TOKEN] = tokens
-        self._entries[: len(tokens), BEFORE] = _bits([bias.get(token, 0.0) for token in tokens])
+        self._entries = np.zeros((3, max(16, len(tokens))), np.int32)
+        self._entries[TOKEN, : len(tokens)] = tokens
+        self._entries[BEFORE, : len(tokens)] = _bits([bias.get(token, 0.0) for token in tokens])
         self._seen = np.zeros(-(-vocab_size // 32), np.uint32)
         if adjustment.repetition_penalty != 1:
-            prompt = np.unique(np.frombuffer(command.prompt, "<i4"))
-            np.bitwise_or.at(self._seen, prompt // 32, np.left_shift(np.uint32(1), (prompt % 32).astype(np.uint32)))
+            bit, word = np.divmod(np.unique(np.frombuffer(command.prompt, "<i4")), len(self._seen))
+            np.bitwise_or.at(self._seen, word, np.left_shift(np.uint32(1), bit.astype(np.uint32)))
 
     @property
     def num_entries(self) -> int:
@@ -56,27 +56,28 @@ class RowAdjust:
         assert position == self._num_counted, f"token {position} is told before token {self._num_counted}"
         self._num_counted = position + 1
         if self.adjustment.repetition_penalty != 1:
-            self._seen[token // 32] |= np.uint32(1 << (token % 32))
+            bit, word = divmod(token, len(self._seen))
+            self._seen[word] |= np.uint32(1 << bit)
         if self.adjustment.counts_output:
             self._count(token)
 
     def _count(self, token: int) -> None:
         count = self._counts[token] = self._counts.get(token, 0) + 1
         index = self._index.setdefault(token, len(self._index))
-        if index == len(self._entries):
-            self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)])
+        if index == self._entries.shape[1]:
+            self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)], axis=1)
         penalty = self.adjustment.presence_penalty + self.adjustment.frequency_penalty * count
-        self._entries[index, TOKEN] = token
-        self._entries[index, AFTER] = _bits(-penalty)
+        self._entries[TOKEN, index] = token
+        self._entries[AFTER, index] = _bits(-penalty)
 
     def write(self, fields: dict[str, np.ndarray], at: tuple[int, ...], position: int) -> None:
         """Fill row `at` of the fields of `adjust_layout`, to sample the token at `position`."""
         num_entries = len(self._index)
         fields["num_entries"][at] = num_entries
         entries = fields["entries"][at]
-        entries[:num_entries] = self._entries[:num_entries]
+        entries[:, :num_entries] = self._entries[:, :num_entries]
         if self._banned and position - self._num_prompt < self.adjustment.min_tokens:
-            entries[: len(self._banned), BEFORE] = _bits(BAN)
+            entries[BEFORE, : len(self._banned)] = _bits(BAN)
         if self.adjustment.repetition_penalty != 1:
             fields["repetition"][at] = _bits(self.adjustment.repetition_penalty)
             fields["seen"][at] = self._seen.view(np.int32)

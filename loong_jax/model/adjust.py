@@ -15,7 +15,7 @@ TILE = 256
 
 
 def adjust(logits: Float32[Array, "row vocab"], fields: dict[str, Array]) -> Float32[Array, "row vocab"]:
-    """`fields`: `num_entries`, `repetition` `[row]`, `entries` `[row, entry, 3]`, `seen` `[row, word]`, all int32."""
+    """`fields`: `num_entries`, `repetition` `[row]`, `entries` `[row, 3, entry]`, `seen` `[row, word]`, all int32."""
     return lax.cond(
         jnp.any((fields["num_entries"] > 0) | (fields["repetition"] != 0)),
         lambda: _adjust(logits, fields),
@@ -26,31 +26,31 @@ def adjust(logits: Float32[Array, "row vocab"], fields: dict[str, Array]) -> Flo
 def _adjust(logits, fields):
     penalty = lax.bitcast_convert_type(fields["repetition"], jnp.float32)
     penalty = jnp.where(_unpack(fields["seen"], logits.shape[1]) & (penalty != 0)[:, None], penalty[:, None], 1.0)
-    logits = _add(logits, fields, column=1)
+    logits = _add(logits, fields, line=1)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    return _add(logits, fields, column=2)
+    return _add(logits, fields, line=2)
 
 
 def _unpack(seen: Int32[Array, "row word"], vocab_size: int) -> Array:
-    """Bit t % 32 of word t // 32, for each token t."""
-    bits = (seen[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    """For each token t: bit t // words of word t % words."""
+    bits = (seen[:, None, :] >> jnp.arange(32, dtype=jnp.int32)[:, None]) & 1
     return bits.reshape(seen.shape[0], -1)[:, :vocab_size] != 0
 
 
-def _add(logits: Float32[Array, "row vocab"], fields: dict[str, Array], column: int) -> Float32[Array, "row vocab"]:
-    """Add one column of the entries, tile by tile, as many as the fullest row has."""
+def _add(logits: Float32[Array, "row vocab"], fields: dict[str, Array], line: int) -> Float32[Array, "row vocab"]:
+    """Add one line of the entries, tile by tile, as many as the fullest row has."""
     entries, count = fields["entries"], fields["num_entries"]
-    num_rows, num_entries, _ = entries.shape
+    num_rows, _, num_entries = entries.shape
     tile = min(TILE, num_entries)
     row = jnp.arange(num_rows)[:, None]
 
     def body(index, logits):
         first = jnp.minimum(index * tile, num_entries - tile)  # the last tile may overlap the one before
-        part = lax.dynamic_slice_in_dim(entries, first, tile, axis=1)
+        part = lax.dynamic_slice_in_dim(entries, first, tile, axis=2)
         entry = first + jnp.arange(tile)
         used = (entry >= index * tile) & (entry < count[:, None])
-        token = jnp.where(used, part[:, :, 0], logits.shape[1])  # out of range: dropped
-        value = lax.bitcast_convert_type(part[:, :, column], jnp.float32)
+        token = jnp.where(used, part[:, 0], logits.shape[1])  # out of range: dropped
+        value = lax.bitcast_convert_type(part[:, line], jnp.float32)
         return logits.at[row, token].add(value, mode="drop")
 
     return lax.fori_loop(0, -(-jnp.max(count) // tile), body, logits)

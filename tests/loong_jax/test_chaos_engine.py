@@ -20,7 +20,7 @@ from tests.support.chaos_policy import ChaosPolicy
 from tests.support.real_engine import CHAOS_CLUSTERS, FIXTURES, DataPlane, LossyExecutor, Verdict
 from tests.support.schedules import Controls, Outcome, Schedule, ScheduleConfig, arcs, replay
 
-CHECKPOINTS = {"four": "gqa", "eight": "gqa", "tp2": "mha", "windowed": "mistral"}
+CHECKPOINTS = {"four": "gqa", "eight": "gqa", "tp2": "mha", "windowed": "mistral", "sampling": "gqa"}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,8 @@ def run_schedule(plane: DataPlane, seed: int) -> list[Verdict]:
     config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)), vocab=plane.model.vocab_size)
     if rng.random() > 0.33:  # faults hide what an undisturbed run shows
         config = config._replace(p_fail=0.0, p_lose=0.0)
+    if cluster.ladder.score_tokens:
+        config = config._replace(p_adjust=0.7, p_top=0.4, p_score=0.4, p_fork=0.1)
 
     def manager() -> Manager:
         return Manager(cluster, limits, ChaosPolicy(cluster, limits, seed), LinearCost())
@@ -76,7 +78,7 @@ def batches(sizes: dict[str, range], batch: int) -> list[tuple[str, range]]:
     return [(setting, seeds[i : i + batch]) for setting, seeds in sizes.items() for i in range(0, len(seeds), batch)]
 
 
-SUITE = {"four": range(140), "eight": range(100), "tp2": range(60)}
+SUITE = {"four": range(140), "eight": range(100), "tp2": range(60), "sampling": range(40)}
 SLOW = {setting: range(100_000, 103_400) for setting in CHECKPOINTS}
 
 

@@ -40,8 +40,8 @@ def test_bans_end_with_min_tokens():
     for position, banned in ((3, True), (4, True), (5, False)):
         fields = written(row, position)
         assert fields["num_entries"] == 3
-        assert fields["entries"][:3, TOKEN].tolist() == [9, 8, 7]
-        before = fields["entries"][:3, BEFORE].copy().view(np.float32).tolist()
+        assert fields["entries"][TOKEN, :3].tolist() == [9, 8, 7]
+        before = fields["entries"][BEFORE, :3].copy().view(np.float32).tolist()
         assert before == ([np.float32(BAN), np.float32(BAN), 2.0] if banned else [0.0, -1.0, 2.0])
 
 

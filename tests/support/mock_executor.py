@@ -122,16 +122,17 @@ def _row_data(adjust: RowAdjust, position: int) -> bytes:
     fields = {
         "num_entries": np.zeros(1, np.int32),
         "repetition": np.zeros(1, np.int32),
-        "entries": np.zeros((1, VOCAB, 3), np.int32),
+        "entries": np.zeros((1, 3, VOCAB), np.int32),
         "seen": np.zeros((1, -(-VOCAB // 32)), np.int32),
     }
     adjust.write(fields, (0,), position)
     floats = fields["entries"][0].view(np.float32)
     entries = [
-        (int(fields["entries"][0, i, TOKEN]), float(floats[i, BEFORE]), float(floats[i, AFTER]))
+        (int(fields["entries"][0, TOKEN, i]), float(floats[BEFORE, i]), float(floats[AFTER, i]))
         for i in range(fields["num_entries"][0])
     ]
-    bits = np.unpackbits(fields["seen"].view(np.uint8), bitorder="little")
+    words = fields["seen"].shape[1]
+    bits = np.unpackbits(fields["seen"].view(np.uint8), bitorder="little").reshape(words, 32).T.reshape(-1)
     repetition = float(fields["repetition"].view(np.float32)[0])
     return _encode(sorted(entries), np.flatnonzero(bits).tolist(), repetition)
 

@@ -57,7 +57,10 @@ def _chaos_cluster(num_instances: int, tp: int, ladder: LadderConfig) -> Cluster
 
 CHAOS_CLUSTERS = {
     "four": _chaos_cluster(
-        4, 1, LadderConfig((1, 2, 3, 4), (16, 64), (1, 4), prefill_rows=3, move_pages=3, score_tokens=(16,))
+        4, 1, LadderConfig((1, 2, 3, 4), (16, 64), (1, 4), prefill_rows=3, move_pages=3, score_tokens=())
+    ),
+    "sampling": _chaos_cluster(
+        3, 1, LadderConfig((1, 3), (16,), (4,), prefill_rows=3, move_pages=3, score_tokens=(16,))
     ),
     "eight": _chaos_cluster(
         8, 1, LadderConfig((1, 2, 3, 8), (16,), (4,), prefill_rows=3, move_pages=3, score_tokens=())
