@@ -65,7 +65,9 @@ CLUSTER = ClusterConfig(
 
 
 # Where tp exceeds the KV heads of "gqa", each rank keeps one of them.
-TP_LADDER = LadderConfig(dops=(1, 2), prefill_tokens=(64,), decode_rows=(4,), prefill_rows=4, move_pages=8)
+TP_LADDER = LadderConfig(
+    dops=(1, 2), prefill_tokens=(64,), decode_rows=(4,), prefill_rows=4, move_pages=8, score_tokens=(64,)
+)
 TP2 = msgspec.structs.replace(CLUSTER, num_instances=4, tp=2, ladder=TP_LADDER)
 TP4 = msgspec.structs.replace(CLUSTER, num_instances=2, tp=4, ladder=TP_LADDER)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loong_jax.types import Adjustment, ContextForm, Sampling
-from tests.support.plane import Plane, steady_plane
+from tests.support.plane import TP2, Plane, steady_plane
 
 EVERYTHING = Adjustment(((3, 4.0), (9, -100.0)), 4, 1.3, 0.4, 0.3)
 WARM = Sampling(temperature=0.9, top_p=0.9, min_p=0.02, seed=5, num_top=4)
@@ -68,6 +68,17 @@ def test_penalties_follow_a_request_to_other_masters_and_back_from_an_eviction(p
     plane.decode((4,), [(sequence, 4)])
     assert len(set(sequence.generated)) > 1
     plane.check(sequence)
+
+
+def test_on_two_devices_each():
+    """A vocabulary in two halves: scores, likeliest tokens and penalties are those of the whole."""
+    with steady_plane("gqa", TP2) as plane:
+        sequence = plane.sequence(40, Sampling(num_top=7), EVERYTHING, stop_ids=(4,))
+        plane.prefill((0, 1), [(sequence, 40)], [0, 1], score=3)
+        plane.decode((0, 1), [(sequence, 1)])
+        (scores,) = sequence.scores
+        plane.data.judge.check_scores(sequence.tokens[:40], [scores.part(0, 39)], 3)
+        plane.check(sequence)
 
 
 def test_scores_are_read_as_they_lie():
