@@ -64,6 +64,14 @@ def test_stacked_layers_equal_a_list_of_layers(config):
     )
 
 
+@pytest.mark.parametrize("config", FAMILY_CONFIGS[1:], ids=lambda config: config.family)
+def test_bfloat16_is_near_float32(config):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), random_params(config))
+    rounded = Oracle(msgspec.structs.replace(config, dtype="bfloat16"), params).logprobs(TOKENS)
+    exact = Oracle(config, jax.tree.map(lambda a: a.astype(jnp.float32), params)).logprobs(TOKENS)
+    assert 1e-5 < np.abs(rounded - exact).max() < 0.1
+
+
 def random_params(config):
     """Also the norms, which start as ones."""
     rng = np.random.default_rng(0)
