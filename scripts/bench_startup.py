@@ -82,19 +82,18 @@ def cpu_time_s(pid: int) -> float:
 
 
 def main() -> None:
+    from loong_jax.default_model import DEFAULT_MODEL
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--warm-starts", type=int, default=3)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     options, arguments = parser.parse_known_args()
-    from loong_jax.model.default_model import make_default_model
-
     with tempfile.TemporaryDirectory() as scratch:
-        model = options.model or make_default_model(Path(scratch) / "model")
         base = imports()
         print(f"load {os.getloadavg()[0]:.1f}; imports: {base.wall_s:.1f} s, CPU {base.cpu_s:.1f} s", flush=True)
         starts = []
         for label in ["cold"] + ["warm"] * options.warm_starts:
-            starts.append(serve(model, Path(scratch) / "cache", arguments))
+            starts.append(serve(options.model, Path(scratch) / "cache", arguments))
             print(f"{label}: {starts[-1].wall_s:.1f} s, CPU {starts[-1].cpu_s:.1f} s", flush=True)
         store = sum(path.stat().st_size for path in (Path(scratch) / "cache" / "programs").iterdir())
     cold, warm = starts[0], Start(*map(statistics.median, zip(*starts[1:], strict=True)))

@@ -1,34 +1,38 @@
-"""The demo: a server on eight virtual CPU instances, long and short prompts at once, and what the groups do meanwhile.
+"""The demo: a server on eight virtual CPU instances, asked for needles in documents of several lengths at once.
 
-Run it by `scripts/demo`, which does the set-up. Ends with a non-zero status when any stream failed.
+Each document hides a pass key, a key-value pair or a marked line; beside each answer stands whether it is right. While
+the requests run, a live view shows the groups. Run it by `scripts/demo`, which does the set-up. Ends with a non-zero
+status when any stream failed.
 """
 
 import argparse
 import asyncio
 import contextlib
-import os
 import random
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import msgspec
+from needle import haystack
+from needle.facts import KINDS
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
+from server_process import ROOT, server
 
+from loong_jax.default_model import DEFAULT_MODEL
 from serving.client import LoongClient, generate_request
 from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-READY_S = 600.0
 LINE_S = 3.0  # between two lines, where there is no terminal
-WIDTH = 150  # of the summary there
+WIDTH = 170  # of the summary there
+SHORT_TOKENS = 256
+ANSWER_CHARS = 24  # shown in the summary
 
 SERVER_FLAGS = {
     "--platform": "cpu",
@@ -41,11 +45,14 @@ SERVER_FLAGS = {
 
 
 class Stream(msgspec.Struct):
-    """One request as the client sees it."""
+    """One request as the client sees it. `value`: what the document says, so what the answer should begin with."""
 
     name: str
-    prompt: list[int]
+    prompt: str
+    num_prompt_tokens: int
+    value: str
     max_tokens: int
+    answer: str = ""
     sent_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
@@ -53,20 +60,28 @@ class Stream(msgspec.Struct):
     finished: pb.Finished | None = None
     error: str | None = None
 
+    @property
+    def right(self) -> bool:
+        return haystack.is_right(self.answer, self.value)
+
 
 def main() -> int:
     args = parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    model, vocab_size = model_of(args, out)
-    streams = make_streams(args, vocab_size)
-    with server(model, out, console) as address:
+    tokenizer = Tokenizer.load(args.model)
+    if tokenizer is None:
+        raise SystemExit(f"{args.model} has no tokenizer.json: the documents are texts")
+    streams = make_streams(args, lambda text: len(tokenizer.encode(text)))
+    flags = {**SERVER_FLAGS, "--event-log": str(args.out / "events.log")}
+    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
+    with server(args.model, flags, args.out / "server.log", say) as address:
         state = asyncio.run(watch_all(address, streams, console))
     print_summary(console, streams, state)
-    console.print(f"\nreplay the decisions: {sys.executable} scripts/replay.py {out / 'events.log'}", soft_wrap=True)
+    replay = f"{sys.executable} scripts/replay.py {args.out / 'events.log'}"
+    console.print(f"\nreplay the decisions: {replay}", soft_wrap=True)
     failed = [stream.name for stream in streams if stream.error is not None or stream.finished is None]
     if failed:
         console.print(f"[red]failed: {', '.join(failed)}[/]")
@@ -75,95 +90,37 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", help="checkpoint folder; default: a small one with random weights, made here")
-    parser.add_argument("--num-long", type=int, default=2, help="long prompts")
-    parser.add_argument("--long-tokens", type=int, default=16_384, help="tokens of the shortest long prompt")
-    parser.add_argument("--num-short", type=int, default=24, help="short prompts")
-    parser.add_argument("--max-tokens", type=int, default=48, help="tokens to generate for a prompt")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and lengths")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="checkpoint folder")
     parser.add_argument(
-        "--out", default=str(ROOT / "out" / "demo"), help="folder for the event log and the server's log"
+        "--lengths", default="16384,16384,8192,8192,4096,4096,2048,2048", help="tokens of the long documents"
+    )
+    parser.add_argument("--num-short", type=int, default=18, help="short documents, of 256 tokens")
+    parser.add_argument("--decoys", type=int, default=4, help="other facts in each document, half of them near misses")
+    parser.add_argument("--max-tokens", type=int, default=32, help="tokens to generate for a document")
+    parser.add_argument("--seed", type=int, default=0, help="of documents and facts")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "demo", help="folder for the event log and the server's log"
     )
     return parser.parse_args()
 
 
-def model_of(args: argparse.Namespace, out: Path) -> tuple[Path, int]:
-    """The checkpoint's folder and its vocabulary size. Made in a process of its own: this one stays free of JAX."""
-    from loong_jax.model.hf_config import read_config
-
-    directory = Path(args.model) if args.model else out / "model"
-    if not args.model:
-        code = f"from loong_jax.model.default_model import make_default_model; make_default_model({str(directory)!r})"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    return directory, read_config(directory).vocab_size
-
-
-def make_streams(args: argparse.Namespace, vocab_size: int) -> list[Stream]:
-    rng = random.Random(args.seed)
-
-    def prompt(num_tokens: int) -> list[int]:
-        return [rng.randrange(vocab_size) for _ in range(num_tokens)]
-
-    long = [
-        Stream(f"long-{i}", prompt(args.long_tokens + rng.randrange(2048)), args.max_tokens)
-        for i in range(args.num_long)
-    ]
-    short = [
-        Stream(f"short-{i:02}", prompt(rng.randrange(8, 400)), rng.randrange(args.max_tokens // 2, args.max_tokens + 1))
-        for i in range(args.num_short)
-    ]
-    return long + short
-
-
-@contextlib.contextmanager
-def server(model: Path, out: Path, console: Console):
-    """A server on a free port; yields its address when it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = {
-        **SERVER_FLAGS,
-        "--port": str(port),
-        "--cache-dir": str(ROOT / ".cache" / "loong"),
-        "--event-log": str(out / "events.log"),
-    }
-    command = [sys.executable, "-c", "from serving.cli import main; main()", "serve", str(model)]
-    command += [part for flag in flags.items() for part in flag]
-    log = out / "server.log"
-    console.print("loong serve", str(model), *command[5:], style="dim", soft_wrap=True)
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        address = f"127.0.0.1:{port}"
-        asyncio.run(wait_ready(address, process, log, console))
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-async def wait_ready(address: str, process: subprocess.Popen, log: Path, console: Console) -> None:
-    """Show the server's words until it is ready."""
-    shown = 0
-    deadline_s = time.monotonic() + READY_S
-    async with LoongClient(address) as client:
-        while True:
-            ready = await client.is_ready(timeout_s=1.0)
-            text = log.read_text(errors="replace")
-            whole = text.rfind("\n") + 1
-            if whole > shown:
-                console.print(text[shown : whole - 1], markup=False, highlight=False, soft_wrap=True)
-                shown = whole
-            if ready:
-                return
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with status {process.returncode}; its log is {log}")
-            if time.monotonic() > deadline_s:
-                raise SystemExit(f"the server was not ready within {READY_S:g} s; its log is {log}")
-            await asyncio.sleep(0.3)
+def make_streams(args: argparse.Namespace, count: Callable[[str], int]) -> list[Stream]:
+    """`count`: tokens of a text."""
+    lengths = [int(part) for part in args.lengths.split(",")] + [SHORT_TOKENS] * args.num_short
+    prose = haystack.sentences(random.Random(args.seed), max(lengths))
+    streams = []
+    for i, length in enumerate(lengths):
+        rng = random.Random(f"{args.seed} {i}")
+        fact = haystack.random_fact(rng, KINDS[i % len(KINDS)])
+        # Each document begins elsewhere in the prose.
+        start = rng.randrange(len(prose))
+        facts = [haystack.Placed(fact, rng.random())]
+        if length > SHORT_TOKENS:
+            facts += haystack.decoys(rng, [fact], args.decoys)
+        prompt = haystack.fit(haystack.Haystack(prose[start:] + prose[:start], facts), fact.question, length, count)
+        name = f"{fact.kind.replace('_', ' ')} {i:02}"
+        streams.append(Stream(name, prompt, count(prompt), fact.value, args.max_tokens))
+    return streams
 
 
 async def watch_all(address: str, streams: list[Stream], console: Console) -> pb.State:
@@ -209,6 +166,7 @@ async def run_stream(client: LoongClient, stream: Stream) -> None:
             if response.WhichOneof("event") == "tokens":
                 stream.first_s = stream.first_s or stream.last_s
                 stream.num_tokens += len(response.tokens.token_ids)
+                stream.answer += response.tokens.text
             else:
                 stream.finished = response.finished
     except grpc.aio.AioRpcError as error:
@@ -267,21 +225,34 @@ def line(state: pb.State, streams: list[Stream], now_s: float) -> str:
 
 
 def print_summary(console: Console, streams: list[Stream], state: pb.State) -> None:
-    table = Table(title="DoP over time", title_justify="left")
-    for column in ("request", "prompt", "answer", "first token", "last token", "tokens at each DoP"):
-        table.add_column(column, justify="right" if column != "tokens at each DoP" else "left")
+    table = Table(title="needles found, and DoP over time", title_justify="left")
+    left = ("request", "answer", "", "tokens at each DoP")
+    for column in (
+        "request",
+        "prompt tokens",
+        "hidden",
+        "answer",
+        "",
+        "first token",
+        "last token",
+        "tokens at each DoP",
+    ):
+        table.add_column(column, justify="left" if column in left else "right")
     for stream in streams:
         first = "" if stream.first_s is None else f"{stream.first_s - stream.sent_s:.1f} s"
         history = stream.error if stream.finished is None else dop_words(stream.finished)
         table.add_row(
             stream.name,
-            f"{len(stream.prompt):,}",
-            str(stream.num_tokens),
+            f"{stream.num_prompt_tokens:,}",
+            stream.value,
+            escape(" ".join(stream.answer.split())[:ANSWER_CHARS]),
+            "[green]right[/]" if stream.right else "[red]wrong[/]",
             first,
             f"{stream.last_s - stream.sent_s:.1f} s",
             history,
         )
     console.print(table)
+    console.print(f"{sum(stream.right for stream in streams)} of {len(streams)} answers are right\n", highlight=False)
     counters = state.counters
     steps = counters.steps_prefill + counters.steps_decode
     for name, value in (

@@ -21,16 +21,17 @@ step) reaches the log-probabilities as a few 1e-5. `tests/loong_jax/model/test_f
 """
 
 import argparse
+import pydoc_data.topics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from loong_jax.config import ModelConfig, RopeConfig
 from loong_jax.model.decoder import Params, decode_stack, init_params
-from loong_jax.model.default_model import train_tokenizer
 from loong_jax.model.export import save_checkpoint
 from loong_jax.model.families import family_of
 from loong_jax.model.layers import rms_norm
@@ -38,6 +39,7 @@ from loong_jax.model.oracle import model_attention
 from loong_jax.model.rope import rope_frequencies
 
 PROBE_TOKENS = 2048
+SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 CONSTANT = 32.0  # value of lane 0 in every embedding; the other lanes have unit variance
 LOCAL_SCORES, LOCAL_BUMP = 0.5, 20.0  # standard deviation by content; height of the bump at distance 0
 FAR_SCORES = 1.25
@@ -141,6 +143,23 @@ FIXTURES = {
         10,
     ),
 }
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with SPECIAL_TOKENS as ids 0, 1, 2; encoding a text puts <s> before it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bos = SPECIAL_TOKENS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    tokenizer.train_from_iterator([text for _, text in sorted(pydoc_data.topics.topics.items())], trainer)
+    return tokenizer
 
 
 def probe_tokens(vocab_size: int, num_tokens: int = PROBE_TOKENS) -> np.ndarray:

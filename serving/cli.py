@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from loong_jax.config import ConfigError
+from loong_jax.default_model import DEFAULT_MODEL
 from loong_jax.model.hf_config import CheckpointError
 from serving import flags, launch
 from serving.client import LoongClient, chat_messages, generate_request
@@ -58,7 +59,7 @@ def main() -> None:
 
 @app.command()
 def serve(
-    model: flags.Model,
+    model: flags.Model = DEFAULT_MODEL,
     instances: flags.Instances = 8,
     tp: flags.Tp = 1,
     host: flags.Host = "127.0.0.1",

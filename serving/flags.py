@@ -17,7 +17,10 @@ from loong_jax.policy import POLICIES
 
 Model = Annotated[
     Path,
-    typer.Argument(help="Folder of a Hugging Face checkpoint, or of one made by loong convert.", show_default=False),
+    typer.Argument(
+        help="Folder of a Hugging Face checkpoint, or of one made by loong convert; serve comes with one.",
+        show_default=False,
+    ),
 ]
 Instances = Annotated[int, typer.Option(help="Instances; each holds one copy of the weights.")]
 Tp = Annotated[int, typer.Option(help="Devices of an instance (tensor parallelism).")]

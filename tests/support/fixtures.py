@@ -35,8 +35,12 @@ def model_directory(name: str) -> Path:
 
 @cache
 def load_fixture(name: str) -> Fixture:
-    config = read_config(model_directory(name))
-    loaded = load_checkpoint(model_directory(name), config, tp=1, devices=[jax.devices()[:1]], stacked=False)
+    return load_directory(model_directory(name))
+
+
+def load_directory(directory: Path) -> Fixture:
+    config = read_config(directory)
+    loaded = load_checkpoint(directory, config, tp=1, devices=[jax.devices()[:1]], stacked=False)
     return Fixture(config, jax.tree.map(lambda leaf: leaf[0], loaded[0][0]))
 
 
