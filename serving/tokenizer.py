@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from loong_jax.model.untrusted import is_there, read_bytes
 from serving.chat import ChatTemplate
@@ -20,6 +19,9 @@ TOKENIZER_FILE = "tokenizer.json"
 _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 _CONTEXT_TOKENS = 6
 """Prompt tokens that precede the text: some decoders strip the space of a first word."""
+_MAX_CHARACTER_TOKENS = 4
+_MAX_WINDOW_TOKENS = 32
+_REPLACEMENT = "\ufffd"
 
 
 class TokenizerError(ValueError):
@@ -32,6 +34,7 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, chat: ChatTemplate | None = None) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
+        self._special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer | None:
@@ -77,36 +80,78 @@ class Tokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """A stream of text for the tokens that follow the prompt."""
-        return Detokenizer(self._tokenizer, prompt_ids)
+        return Detokenizer(self, prompt_ids)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether decoding heeds this token: not a special one, nor one that only the model's vocabulary has."""
+        return token_id not in self._special and self._tokenizer.id_to_token(token_id) is not None
 
 
 class Detokenizer:
-    """Incremental decoding of one request's tokens: a piece never ends within a character."""
+    """Incremental decoding of one request's tokens: a piece never ends within a character.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, prompt_ids: Sequence[int]) -> None:
+    The pieces add up to the decoding of all tokens at once, with one exception: where a run of byte tokens (byte
+    fallback) holds what is no UTF-8 (or U+FFFD itself), the library replaces the whole run, and here its complete
+    characters have been sent. A step decodes a window of a few tokens, however long the text is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt_ids[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
-        self._held: list[int] = []
+        self._window: list[int] = []  # context, then tokens whose text is not all sent
+        self._num_context = 0
+        self._sent = ""  # the beginning of the window's text, which is context or has been sent
+        context = [token for token in prompt_ids[-_CONTEXT_TOKENS:] if tokenizer.has_text(token)]
+        while context and (text := tokenizer.decode(context)).startswith(_REPLACEMENT):
+            context.pop(0)  # cut within a character
+        if context:
+            self._window, self._num_context = context, len(context)
+            self._sent = text[: len(text) - _num_open(text)]
 
     def step(self, token_id: int) -> str:
         """The text that this token completes, "" when a character is still open."""
-        self._held.append(token_id)
-        try:
-            piece = self._stream.step(self._tokenizer, token_id)
-        except Exception:
-            # The library gives up when its prefix decodes differently with the next token (malformed bytes do that).
-            # What is held goes out as it decodes, and the stream starts afresh.
-            return self.flush()
-        if piece is None:
+        if not self._tokenizer.has_text(token_id):
             return ""
-        self._held.clear()
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        if not text.startswith(self._sent):
+            # What follows changed how the context decodes, as malformed bytes in one run with it do.
+            self._window, self._num_context, self._sent = self._window[self._num_context :], 0, ""
+            text = self._tokenizer.decode(self._window)
+        num_open = _num_open(text)
+        piece = text[len(self._sent) : len(text) - num_open]
+        self._sent += piece
+        if num_open == 0 and piece:
+            self._window = self._window[self._num_context :]
+            self._num_context = len(self._window)
+            self._sent = self._tokenizer.decode(self._window)
+        elif len(self._window) > _MAX_WINDOW_TOKENS:
+            piece += self._shorten(text)
         return piece
 
     def flush(self) -> str:
         """The rest, with U+FFFD for a character that was never completed; the stream starts afresh."""
-        held, self._held = self._held, []
-        self._stream = DecodeStream(skip_special_tokens=True)
-        return self._tokenizer.decode(held, skip_special_tokens=True) if held else ""
+        rest = self._tokenizer.decode(self._window)[len(self._sent) :]
+        self._window, self._num_context, self._sent = [], 0, ""
+        return rest
+
+    def _shorten(self, text: str) -> str:
+        """Malformed text never ends a window. Cut it between two characters; what of the part before has not been sent
+        is returned."""
+        for cut in range(len(self._window) - 1, len(self._window) - _MAX_CHARACTER_TOKENS, -1):
+            before, after = self._tokenizer.decode(self._window[:cut]), self._tokenizer.decode(self._window[cut:])
+            if before + after == text:
+                break
+        else:
+            cut, before, after = len(self._window), text, ""
+        piece = before[len(self._sent) :]
+        self._window, self._num_context = self._window[cut:], 0
+        self._sent = after[: max(0, len(self._sent) - len(before))]
+        return piece
+
+
+def _num_open(text: str) -> int:
+    """How many U+FFFD at the end may yet become a character, which has four bytes at most."""
+    return min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_CHARACTER_TOKENS - 1)
 
 
 class Piece(msgspec.Struct, frozen=True):

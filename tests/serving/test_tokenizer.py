@@ -4,13 +4,14 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from loong_jax.model.untrusted import CheckpointError
 from serving.tokenizer import Piece, StopFinder, Tokenizer, TokenizerError
 from tests.support.byte_tokenizer import BOS, EOS, byte_level, byte_tokenizer, save_byte_tokenizer
+from tests.support.text_tokenizers import byte_fallback, byte_level_bpe
 
 BYTES = byte_tokenizer()
 
@@ -24,13 +25,97 @@ def test_pieces_add_up_to_the_text(text, prompt):
 
 
 @given(st.binary(max_size=30))
-def test_any_bytes_give_what_a_whole_decode_gives_or_at_least_no_failure(data):
+def test_any_bytes_give_what_a_whole_decode_gives(data):
     detokenizer = BYTES.detokenizer([BOS])
     text = "".join(detokenizer.step(byte) for byte in data) + detokenizer.flush()
-    try:
-        assert text == data.decode()
-    except UnicodeDecodeError:
-        assert "\ufffd" in text
+    assert text == data.decode(errors="replace")
+
+
+KINDS = {"byte level": Tokenizer(byte_level_bpe()), "byte fallback": Tokenizer(byte_fallback())}
+SCRIPTS = "aé 你好界弹👩‍👧👍🏽e\u0301\u0308กี\ufffd\n"
+any_text = st.text(max_size=20) | st.text(st.sampled_from(SCRIPTS), max_size=30)
+
+
+def streamed(tokenizer, ids, prompt=()):
+    detokenizer = tokenizer.detokenizer(prompt)
+    pieces = [detokenizer.step(token) for token in ids]
+    for piece in pieces:
+        piece.encode()
+    return pieces, detokenizer.flush()
+
+
+def whole(tokenizer, ids, prompt=()):
+    """What the tokens add to the prompt's text."""
+    before = tokenizer.decode(prompt)
+    return tokenizer.decode([*prompt, *ids])[len(before) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=any_text, prompt=any_text)
+def test_pieces_of_any_script_add_up(kind, text, prompt):
+    tokenizer = KINDS[kind]
+    if kind == "byte fallback":
+        text, prompt = text.replace("\ufffd", ""), prompt.replace("\ufffd", "")  # in bytes, as good as malformed
+    ids = tokenizer.encode(text)
+    pieces, rest = streamed(tokenizer, ids)
+    assert "".join(pieces) + rest == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert rest == ""
+        assert "\ufffd" not in "".join(pieces), "no character was split"
+    prompt_ids = tokenizer.encode(prompt)
+    pieces, rest = streamed(tokenizer, ids, prompt_ids)
+    if prompt_ids and not prompt.endswith("\ufffd"):
+        assert "".join(pieces) + rest == whole(tokenizer, ids, prompt_ids)
+
+
+@given(st.lists(st.integers(0, 340), max_size=60))
+@settings(max_examples=300)
+def test_any_tokens_of_a_byte_level_tokenizer_add_up(ids):
+    """Malformed bytes, special tokens, and tokens that only the model has among them."""
+    tokenizer = KINDS["byte level"]
+    pieces, rest = streamed(tokenizer, ids)
+    assert "".join(pieces) + rest == tokenizer.decode(ids)
+
+
+@given(st.lists(st.integers(0, 370) | st.integers(3, 258), max_size=80))
+@settings(max_examples=300)
+def test_any_tokens_of_a_byte_fallback_tokenizer_lose_nothing_else(ids):
+    """A run with malformed bytes is one the library replaces whole, complete characters too; the rest is equal."""
+    tokenizer = KINDS["byte fallback"]
+    pieces, rest = streamed(tokenizer, ids)
+    text, expected = "".join(pieces) + rest, tokenizer.decode(ids)
+    if "\ufffd" not in expected:
+        assert text == expected
+    markers = [chr(token - 259 + 33) for token in ids if 259 <= token < 259 + 94]
+    assert all(marker in text for marker in markers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "repeated",
+    [[0x80], [0xF0], [0xF0, 0x9F], [0xE5, 0xBC, 0xB9], [0xE5, 0xBC, 0xB9, 0x80], "specials", "unknown", "text"],
+)
+def test_a_step_costs_the_same_however_long_the_text_is(kind, repeated, monkeypatch):
+    tokenizer = KINDS[kind]
+    if repeated == "text":
+        ids = tokenizer.encode("hello 你好 " * 100)[:1000]
+    elif repeated == "specials":
+        ids = [0 if kind == "byte level" else 1] * 1000
+    elif repeated == "unknown":
+        ids = [5000] * 1000
+    else:
+        to_id = lambda byte: tokenizer._tokenizer.token_to_id(f"<0x{byte:02X}>")
+        if kind == "byte level":
+            to_id = lambda byte: tokenizer._tokenizer.token_to_id(BYTES._tokenizer.id_to_token(byte))
+        ids = [to_id(byte) for byte in repeated] * (1000 // len(repeated))
+    decoded = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: (decoded.append(len(ids)), decode(ids))[1])
+    detokenizer = tokenizer.detokenizer(ids)
+    pieces = [detokenizer.step(token) for token in ids]
+    assert max(decoded, default=0) <= 33
+    assert sum(decoded) < 45 * len(ids)
+    assert len("".join(pieces[-100:])) > 0 or repeated in ("specials", "unknown"), "text goes on coming"
 
 
 def test_an_open_character_is_held_and_replaced_at_the_end():
