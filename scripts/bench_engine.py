@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 
 from loong_jax.config import ModelConfig, RopeConfig  # noqa: E402
@@ -49,6 +50,8 @@ HEAD_WEIGHTS = 32_000 * 768
 KV_TOKEN_ELEMENTS = 2 * 12 * 4 * 64
 
 PREFILL_TOKENS = (512, 4096, 16_384)
+DOP = 8
+"""Of the comparison of one prefill on one instance and on as many virtual devices of the same cores."""
 DECODE = tuple((batch, context) for context in (512, 4096) for batch in (1, 8, 32))
 TIMEOUT_S = 1800
 
@@ -90,8 +93,8 @@ def cases(quick: bool) -> list[Case]:
 class Worker:
     """One engine in one process: a case in, seconds out."""
 
-    def __init__(self, command: Sequence[str], log: Path):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    def __init__(self, command: Sequence[str], log: Path, **variables: str):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", **variables}
         self._log = log.open("w")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
@@ -135,11 +138,19 @@ def start(engine: str, model: Path, dtype: str) -> Worker:
     return Worker(command, WORK / f"{engine}-{dtype}.log")
 
 
+def start_group(model: Path, dtype: str) -> Worker:
+    """Loong on one group of DOP virtual devices."""
+    command = [sys.executable, str(WORKERS / "loong_worker.py"), str(model), "--dtype", dtype, "--instances", str(DOP)]
+    flags = (f"--xla_force_host_platform_device_count={DOP}", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+    log = WORK / f"loong-{dtype}-dop{DOP}.log"
+    return Worker(command, log, XLA_FLAGS=" ".join(flags), NPROC=str(2 * DOP))
+
+
 def make_checkpoint(dtype: str) -> Path:
     """Random weights; the tokenizer is only there because a peer insists on one."""
     directory = WORK / f"llama-100m-{dtype}"
     if not (directory / "complete").exists():
-        config = ModelConfig(**{field: getattr(MODEL, field) for field in MODEL.__struct_fields__} | {"dtype": dtype})
+        config = msgspec.structs.replace(MODEL, dtype=dtype)
         save_checkpoint(directory, config, init_params(config, 0))
         for file in (ROOT / "loong_jax" / "default_model").glob("tokenizer*.json"):
             (directory / file.name).write_bytes(file.read_bytes())
@@ -191,6 +202,19 @@ def measure(dtype: str, engines: Sequence[str], quick: bool, repeats: int) -> di
     return {"dtype": dtype, "limits": limits, "rows": rows}
 
 
+def compare_dop(dtype: str, tokens: int, repeats: int) -> dict[str, float]:
+    """Seconds of one prefill at DoP 1 and at DOP, in turns: what splitting costs where it cannot gain anything."""
+    model, case = make_checkpoint(dtype), Case("prefill", tokens)
+    workers = {1: start("loong", model, dtype), DOP: start_group(model, dtype)}
+    try:
+        turns = [{dop: worker.seconds(case) for dop, worker in workers.items()} for _ in range(1 + repeats)]
+    finally:
+        for worker in workers.values():
+            worker.close()
+    best = {dop: min(turn[dop] for turn in turns[1:]) for dop in workers}
+    return {"tokens": tokens, "dop_1_s": best[1], f"dop_{DOP}_s": best[DOP], "ratio": best[DOP] / best[1]}
+
+
 def summary(case: Case, seconds: dict[str, float], limits: dict[str, float], itemsize: int) -> dict[str, Any]:
     """Tokens per second and share of the limit, by engine."""
     if case.kind == "prefill":
@@ -231,6 +255,8 @@ def main() -> None:
         results.append(measure(dtype, engines, args.quick, args.repeats))
         limits = results[-1]["limits"]
         print(f"\nlimits: {limits['gflops']:.0f} GFLOP/s, {limits['read_gbytes_s']:.0f} GB/s read")
+        results[-1]["dop"] = compare_dop(dtype, PREFILL_TOKENS[1], args.repeats)
+        print(f"prefill {PREFILL_TOKENS[1]}, DoP {DOP} against DoP 1: {results[-1]['dop']['ratio']:.2f} times the time")
     if args.json:
         report = {"cores": os.cpu_count(), "jax": jax.__version__, "results": results}
         args.json.write_text(json.dumps(report, indent=1))
