@@ -13,7 +13,11 @@ from jaxtyping import Array, Float, Float32
 def linear(x: Float[Array, "*rows d_in"], weight: Float[Array, "d_in d_out"]) -> Float32[Array, "*rows d_out"]:
     """`x @ weight`, accumulated and returned in float32 (float32 inputs are never rounded to bfloat16 on TPU)."""
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jnp.matmul(x.astype(weight.dtype), weight, precision=precision, preferred_element_type=jnp.float32)
+    # XLA on CPU multiplies one bfloat16 row ten times as slowly as two (docs/cpu_engine.md); a TPU pads rows anyway.
+    padded = x.ndim == 2 and x.shape[0] == 1 and weight.dtype == jnp.bfloat16
+    rows = jnp.pad(x, ((0, 1), (0, 0))) if padded else x
+    out = jnp.matmul(rows.astype(weight.dtype), weight, precision=precision, preferred_element_type=jnp.float32)
+    return out[:1] if padded else out
 
 
 def rms_norm(
