@@ -185,6 +185,7 @@ class Programs:
         self._background.join()
         self._watch.close()
         self._compiled.clear()
+        self._maker.forget()
 
     def _ensure(self, program: Program, instances: Instances, path: Path) -> jax.stages.Compiled:
         key = (program, instances)
@@ -263,6 +264,11 @@ class _Maker:
         if not from_cache:
             self._keep(program, key, compiled, devices)
         return compiled, Origin.COMPILE
+
+    def forget(self) -> None:
+        """Let go of what was made: a traced function keeps the executables compiled from it, and their mappings."""
+        self._jitted.clear()
+        self._serialized.clear()
 
     def _retarget(self, program: Program, devices: Sequence[Device]) -> jax.stages.Compiled | None:
         serialized = self._serialized.get(program)
