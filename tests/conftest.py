@@ -37,6 +37,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 def _executables_released():
     """A process can map only so many executables, so those that one file's jitted functions made go with the file."""
     yield
+    if "tests.support.plane" in sys.modules:
+        sys.modules["tests.support.plane"].close_data_planes()
     if "jax" in sys.modules:
         gc.collect()
         sys.modules["jax"].clear_caches()

@@ -8,7 +8,6 @@ import queue
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,10 +71,21 @@ TP2 = msgspec.structs.replace(CLUSTER, num_instances=4, tp=2, ladder=TP_LADDER)
 TP4 = msgspec.structs.replace(CLUSTER, num_instances=2, tp=4, ladder=TP_LADDER)
 
 
-@cache
+_data_planes: dict[tuple[str, ClusterConfig], DataPlane] = {}
+
+
 def data_plane(fixture: str = "gqa", cluster: ClusterConfig = CLUSTER) -> DataPlane:
-    """A fixture checkpoint on a cluster; its programs are compiled once for all who ask."""
-    return DataPlane(MODELS / fixture, cluster)
+    """A fixture checkpoint on a cluster; its programs are made once for all tests of a file that ask."""
+    key = fixture, cluster
+    if key not in _data_planes:
+        _data_planes[key] = DataPlane(MODELS / fixture, cluster)
+    return _data_planes[key]
+
+
+def close_data_planes() -> None:
+    """At the end of a file: a process cannot map the executables of all, and the next file finds them stored."""
+    while _data_planes:
+        _data_planes.popitem()[1].close()
 
 
 class Sequence:
