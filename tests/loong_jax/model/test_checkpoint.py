@@ -94,7 +94,7 @@ def test_host_memory_stays_at_about_one_leaf(tmp_path):
     finally:
         tracemalloc.stop()
     assert model_bytes > 10 * largest_bytes
-    assert peak_bytes < 3 * largest_bytes  # a leaf, the slice it is made of, and small change
+    assert peak_bytes < 5 * largest_bytes  # a leaf, the blocks that several threads read for it, and small change
 
 
 def test_progress_ends_at_all_bytes(directory):
