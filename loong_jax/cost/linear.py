@@ -20,10 +20,13 @@ DEFAULTS: Mapping[str, float] = MappingProxyType(
         "prefill_pair_s": 2e-9,  # C: attention, per (q, kv) pair of an instance
         "ring_token_s": 5e-7,  # one token of KV over one link
         "gather_token_s": 1e-6,  # q and partials of one token over one link
-        "decode_base_s": 2e-3,
-        "decode_hop_s": 3e-4,
-        "decode_row_s": 2e-5,
-        "decode_kv_token_s": 1e-8,
+        "decode_base_s": 2e-3,  # launch, weights
+        "decode_hop_s": 3e-4,  # each instance that joins the exchange
+        "decode_row_s": 2e-5,  # linear layers, per row of the fullest master
+        "decode_exchange_row_s": 2e-6,  # q and partials of one row over one link
+        "decode_kv_token_s": 1e-8,  # one token of KV read by the fullest instance
+        "migrate_base_s": 1e-3,
+        "migrate_token_s": 1e-6,
     }
 )
 
@@ -39,9 +42,8 @@ class LinearCost:
     def updated(self, coefficients: Mapping[str, float]) -> Self:
         return type(self)({**self.coefficients, **coefficients})
 
-    def prefill_s(self, dop: int, tokens: int, context: int, form: ContextForm) -> float:
+    def prefill_s(self, dop: int, tokens: int, pairs: float, context: int, form: ContextForm) -> float:
         c = self.coefficients
-        pairs = tokens * (tokens / 2 + context)
         math_s = (c["prefill_token_s"] * tokens + c["prefill_pair_s"] * pairs) / dop
         return c["prefill_base_s"] + c["prefill_hop_s"] * (dop - 1) + math_s + self._link_s(dop, tokens, context, form)
 
@@ -56,11 +58,15 @@ class LinearCost:
             return own_s + c["ring_token_s"] * context * share
         return own_s + c["gather_token_s"] * tokens * share
 
-    def decode_s(self, dop: int, rows: int, kv_tokens: int) -> float:
+    def decode_s(self, dop: int, rows: int, rows_per_master: int, kv_tokens: int) -> float:
         c = self.coefficients
         return (
             c["decode_base_s"]
             + c["decode_hop_s"] * (dop - 1)
-            + c["decode_row_s"] * -(-rows // dop)
+            + c["decode_row_s"] * rows_per_master
+            + c["decode_exchange_row_s"] * rows * (dop - 1) / dop
             + c["decode_kv_token_s"] * kv_tokens
         )
+
+    def migrate_s(self, tokens: int) -> float:
+        return self.coefficients["migrate_base_s"] + self.coefficients["migrate_token_s"] * tokens

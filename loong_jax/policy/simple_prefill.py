@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loong_jax import buckets
+from loong_jax.cost import row_pairs
 from loong_jax.policy import placement
 from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import Group, mask_of, members
@@ -149,8 +150,9 @@ class PrefillPlanner:
         shared out among them. Groups whose memory holds the prompts to their end come first."""
         page_tokens, headroom = self.draft.cluster.page_tokens, self.draft.limits.decode_headroom_pages
         num_units = self._units(rows)
-        tokens = sum(run.count for _, runs in rows for run in runs)
-        context = sum(r.tokens for request, _ in rows for r in request.resident)
+        lengths = [(sum(run.count for run in runs), sum(r.tokens for r in request.resident)) for request, runs in rows]
+        tokens, context = sum(new for new, _ in lengths), sum(resident for _, resident in lengths)
+        pairs = sum(row_pairs(new, resident) for new, resident in lengths)
         whole = sum(self.draft.pages_needed(request) + headroom for request, _ in rows)
         num_allowed = allowed.bit_count()
         best: tuple[Group | None, ContextForm] = (None, ContextForm.RING)
@@ -160,7 +162,7 @@ class PrefillPlanner:
             free = sum(self.draft.free[i] for i in group.instances)
             if per_instance > group.bucket or free < num_units:
                 continue
-            form, seconds = self._form(group.dop, tokens, context)
+            form, seconds = self._form(group.dop, tokens, pairs, context)
             rows_held_up = sum(self.draft.load[i] for i in group.instances)
             waves = max(1.0, (1 + waiting_tokens / tokens) * group.dop / num_allowed)
             key = (free < whole, seconds * waves, rows_held_up, -free, group.instances)
@@ -168,11 +170,11 @@ class PrefillPlanner:
                 best, best_key = (group, form), key
         return best
 
-    def _form(self, dop: int, tokens: int, context: int) -> tuple[ContextForm, float]:
-        ring_s = self.draft.cost.prefill_s(dop, tokens, context, ContextForm.RING)
+    def _form(self, dop: int, tokens: int, pairs: float, context: int) -> tuple[ContextForm, float]:
+        ring_s = self.draft.cost.prefill_s(dop, tokens, pairs, context, ContextForm.RING)
         if context == 0:
             return ContextForm.RING, ring_s
-        gather_s = self.draft.cost.prefill_s(dop, tokens, context, ContextForm.GATHER_Q)
+        gather_s = self.draft.cost.prefill_s(dop, tokens, pairs, context, ContextForm.GATHER_Q)
         return (ContextForm.GATHER_Q, gather_s) if gather_s < ring_s else (ContextForm.RING, ring_s)
 
     def _place(
