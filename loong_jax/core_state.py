@@ -29,6 +29,10 @@ class Step(NamedTuple):
     requests: tuple[int, ...]
     scored: tuple[tuple[int, tuple[Run, ...]], ...] = ()
 
+    @property
+    def is_decode(self) -> bool:
+        return bool(self.samples) and not self.is_prefill
+
 
 class CoreState:
     def __init__(self, cluster: ClusterConfig, limits: LimitsConfig) -> None:
@@ -55,6 +59,13 @@ class CoreState:
         self.num_admitted = 0
         self.num_finished = 0
         self.now_us = 0
+        self.changes = 0
+        self._waiting: tuple[RequestState, ...] | None = None
+
+    @property
+    def version(self) -> int:
+        """Changes with everything but ordinary decoding (`types.View`)."""
+        return self.changes + self.ledger.changes
 
     # ---- instances
 
@@ -94,9 +105,26 @@ class CoreState:
         """How many waiting requests may start now."""
         return min(self.limits.max_running - len(self.active), len(self.free_slots))
 
+    def enqueue(self, request: RequestState) -> None:
+        """A new request waits."""
+        self.requests[request.id] = request
+        self.waiting[request.id] = None
+        self._waiting = None
+        self.changes += 1
+
+    def waiting_requests(self) -> tuple[RequestState, ...]:
+        """Those that wait for a place, and for nothing else, in order of arrival."""
+        if self._waiting is None:
+            self._waiting = tuple(map(self.requests.__getitem__, self.waiting))
+        if self.held:
+            return tuple(request for request in self._waiting if request.id not in self.held)
+        return self._waiting
+
     def start(self, request: RequestState) -> None:
         """A waiting request gets a slot."""
         del self.waiting[request.id]
+        self._waiting = None
+        self.changes += 1
         request.slot = self.free_slots.pop()
         insort(self.active, request.id)
 
@@ -104,10 +132,12 @@ class CoreState:
         """The request reached its end; its KV is already freed. Its slot may be reused at once: a step that still
         writes it was enqueued before any step of the next user."""
         del self.requests[request.id]
+        self.changes += 1
         self.reservations.pop(request.id, None)
         self.failures.pop(request.id, None)
         if request.slot == NO_SLOT:
             del self.waiting[request.id]
+            self._waiting = None
             self.held.pop(request.id, None)
         else:
             self.active.remove(request.id)
@@ -127,14 +157,13 @@ class CoreState:
     ) -> int:
         step = self.next_step
         self.next_step = step + 1
-        self.steps[step] = Step(step, instances, is_prefill, samples, requests, scored)
+        self.steps[step] = record = Step(step, instances, is_prefill, samples, requests, scored)
+        self.changes += not record.is_decode
         for instance in instances:
             self.queued[instance] += 1
             self.prefilling[instance] += is_prefill
         for request in requests:
-            state = self.requests[request]
-            state.steps.append(step)
-            state._view = None
+            self.requests[request].steps.append(step)
         return step
 
     def close_step(self, step: int) -> Step | None:
@@ -142,6 +171,7 @@ class CoreState:
         record = self.steps.pop(step, None)
         if record is None:
             return None
+        self.changes += not record.is_decode
         for instance in record.instances:
             self.queued[instance] -= 1
             self.prefilling[instance] -= record.is_prefill
@@ -149,5 +179,4 @@ class CoreState:
             state = self.requests.get(request)
             if state is not None:
                 state.steps.remove(step)
-                state._view = None
         return record

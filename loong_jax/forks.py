@@ -18,6 +18,7 @@ def child_of(state: CoreState, event: Forked, parent: RequestState) -> RequestSt
     if event.known > parent.known:
         raise ValueError(f"fork of {event.known} tokens of request {parent.id}, which has {parent.known}")
     return RequestState(
+        state.ledger,
         event.child,
         state.now_us,
         parent.tokens[: event.known or parent.known],
@@ -26,6 +27,7 @@ def child_of(state: CoreState, event: Forked, parent: RequestState) -> RequestSt
         event.stop_ids,
         event.adjustment,
         rope_len=parent.rope_len,
+        target=parent.target,
     )
 
 
@@ -59,8 +61,6 @@ def _start(state: CoreState, parent: RequestState, child: RequestState) -> list[
     forked = state.ledger.fork(parent.id, child.id, child.known - 1, copy_on)
     child.dropped = parent.dropped
     useless = kv_upkeep.recount(state, child)
-    parent.changed()  # a shared page is no longer open to it
-    child.changed()
     if useless:  # what is lacking cannot be computed from it; nobody was told of it yet
         return out
     if forked.shared:

@@ -53,7 +53,7 @@ def evict(state: CoreState, planned: PlannedEvict) -> Free:
     request.holes = whole(request.issued - 1)
     request.dropped = 0
     request.num_evictions += 1
-    request.changed()
+    state.changes += 1
     return Free(request.id, held)
 
 
@@ -109,15 +109,17 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
             token = request.tokens[-1]
         elif request.needs_history:
             raise PlanError(f"decode: penalties need the newest token on the host: {planned_row}")
-        elif master not in request.device_group:
-            raise PlanError(f"decode: master did not sample the newest token: {planned_row}, {request.device_group}")
+        elif master not in request.sampled_on:
+            raise PlanError(f"decode: master did not sample the newest token: {planned_row}, {request.sampled_on}")
         if not ledger.free_pages(master):
             tail = ledger.open_page(request.id, issued - 1, master)
             _require(tail is not None and tail[0] == master, "INV-10: decode: no free page on the master", planned_row)
         page, run = ledger.extend(request.id, master, issued - 1)
         request.issued = issued + 1
-        request.device_group = instances
+        request.sampled_on = instances
         request.last_master = master
+        if request.needs_history:  # runs no more until the host knows the token
+            state.changes += 1
         masters[master] += 1
         samples[request.id] = issued
         row = DecodeRow(
@@ -157,7 +159,7 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
         if rows[-1].emit:
             samples.append((request.id, request.issued))
             request.issued += 1
-            request.device_group = instances
+            request.sampled_on = instances
         first = last
     for move in moves:
         state.ledger.move(move)

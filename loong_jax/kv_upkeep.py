@@ -23,7 +23,6 @@ def slide(state: CoreState, request: RequestState) -> list[Slide]:
     if start < request.dropped + state.cluster.page_tokens:
         return []
     request.dropped = state.ledger.slide(request.id, start)
-    request.changed()
     return [Slide(request.id, start)]
 
 
@@ -31,11 +30,11 @@ def lose(state: CoreState, instances: Iterable[int]) -> list[AnyCommand]:
     """The pools of `instances` are gone."""
     out: list[AnyCommand] = []
     gone = sorted(instances)
+    state.changes += 1
     for request_id in list(state.active):
         request = state.requests[request_id]
         # The newest token is lost there too: no row may be fed from it.
-        request.device_group = tuple(i for i in request.device_group if i not in gone)
-        request.changed()
+        request.sampled_on = tuple(i for i in request.sampled_on if i not in gone)
         held = state.ledger.tokens(request_id)
         lost = tuple(i for i in gone if i in held)
         if lost:
@@ -53,13 +52,13 @@ def settle(state: CoreState, step: Step) -> list[AnyCommand]:
             continue
         known = len(request.tokens)
         request.issued = known
+        state.changes += 1
         request.early.clear()  # they continue a text that nobody knows
         state.ledger.truncate(request_id, known - 1)
         out.append(Truncate(request_id, known - 1))
         useless = recount(state, request)
         if useless:
             out.append(Free(request_id, useless))
-        request.changed()
     return out
 
 

@@ -40,6 +40,7 @@ class Ledger:
         self._owners = [[0] * self.num_pages for _ in range(cluster.num_instances)]
         self._entries = [0] * cluster.num_instances
         self._tokens: dict[int, dict[int, int]] = {}
+        self.changes = 0  # of the sets of instances that hold KV of a request
 
     # ---- questions
 
@@ -121,6 +122,7 @@ class Ledger:
         held = self._tokens.get(request, {})
         for instance in instances:
             held.pop(instance, None)
+        self.changes += 1
         if not held:
             self._tokens.pop(request, None)
 
@@ -141,6 +143,7 @@ class Ledger:
         return end
 
     def _recount(self, request: int) -> None:
+        self.changes += 1
         counts = {i: sum(entry.count for entry in self.table.pages(request, i)) for i in self.table.instances(request)}
         if counts:
             self._tokens[request] = counts
@@ -176,9 +179,13 @@ class Ledger:
 
     def _count(self, request: int, instance: int, tokens: int) -> None:
         held = self._tokens.setdefault(request, {})
-        held[instance] = held.get(instance, 0) + tokens
-        if held[instance] == 0:
+        before = held.get(instance, 0)
+        if before + tokens:
+            held[instance] = before + tokens
+        else:
             del held[instance]
+        if before == 0 or before + tokens == 0:
+            self.changes += 1
 
     def _release(self, instance: int, page: int) -> None:
         owners = self._owners[instance]

@@ -9,7 +9,7 @@ What it is not: a policy (`policy/`), the rules of a plan (`issue.py`), or an ex
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Protocol
 
 from loong_jax import forks, invariants, issue, kv_upkeep
@@ -17,6 +17,7 @@ from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.core_state import CoreState, Step
 from loong_jax.cost import CostModel
 from loong_jax.request_state import RequestState
+from loong_jax.state_view import StateView
 from loong_jax.types import (
     Aborted,
     AnyCommand,
@@ -84,14 +85,8 @@ class Manager:
         invariants.check(self.state)
 
     def view(self) -> View:
-        """What the policy sees now."""
-        state = self.state
-        requests, ledger = state.requests, state.ledger
-        shown = [requests[r].view(ledger) for r in state.active]
-        if state.waiting:
-            may_start = (r for r in state.waiting if r not in state.held)
-            shown += [requests[r].view(ledger) for r in islice(may_start, max(0, state.free_places))]
-        return View(state.now_us, ledger.page_tokens, state.instance_views(), tuple(shown), state.ready)
+        """What the policy sees now; it holds until the next event or plan."""
+        return StateView(self.state)
 
     def describe(self) -> str:
         """The state as text: a line per instance and per request."""
@@ -117,6 +112,7 @@ class Manager:
                 self._on_program_ready(event)
             case CostUpdated():
                 self.cost = self.cost.updated(event.coefficients)
+                self.state.changes += 1
             case InstanceLost():
                 self._on_instance_lost(event)
             case InstanceJoined():
@@ -134,6 +130,7 @@ class Manager:
             raise ValueError(f"request {event.request}: the ladder has no scoring programs")
         state.num_admitted += 1
         request = RequestState(
+            state.ledger,
             event.request,
             state.now_us,
             event.prompt,
@@ -142,6 +139,7 @@ class Manager:
             event.stop_ids,
             event.adjustment,
             event.num_prompt_top,
+            target=event.target,
         )
         if self._admit(request):
             self._enqueue(request)
@@ -173,8 +171,7 @@ class Manager:
     def _enqueue(self, request: RequestState) -> None:
         state = self.state
         assert request.id not in state.requests, f"request id {request.id} is used twice"
-        state.requests[request.id] = request
-        state.waiting[request.id] = None
+        state.enqueue(request)
         adjust = request.adjust()
         if adjust is not None:
             self._out.append(adjust)
@@ -213,6 +210,10 @@ class Manager:
         """The next token of the stream is known."""
         generated = len(request.tokens) - request.prompt_len
         request.tokens.append(token)
+        if generated == 0:
+            request.first_token_us = self.state.now_us
+        if request.needs_history:  # may run again
+            self.state.changes += 1
         self._out.append(Emit(request.id, generated, (token,), (logprob,), dop, () if top is None else (top,)))
         if self.state.held:  # before its pages may go
             self._out += forks.release(self.state)
@@ -256,6 +257,7 @@ class Manager:
 
     def _on_instance_joined(self, event: InstanceJoined) -> None:
         state = self.state
+        state.changes += 1
         state.alive[event.instance] = True  # blocked since it was lost: it is reset before it gets a step
 
     def _on_aborted(self, event: Aborted) -> None:
@@ -285,6 +287,7 @@ class Manager:
     def _on_program_ready(self, event: ProgramReady) -> None:
         key = (event.program, event.instances)
         self.state.ready |= {key}
+        self.state.changes += 1
         self.state.preparing.discard(key)
 
     # ---- ends and losses
@@ -309,6 +312,7 @@ class Manager:
         drained = tuple(i for i in sorted(state.blocked) if state.queued[i] == 0 and state.alive[i])
         if drained:
             state.blocked.difference_update(drained)
+            state.changes += 1
             self._out.append(Reset(drained))
 
     def _lose_kv(self, instances: Iterable[int]) -> None:

@@ -12,14 +12,17 @@ from collections.abc import Iterable
 
 from loong_jax.ledger import Ledger
 from loong_jax.types import (
+    NEVER,
+    NO_TARGET,
     Adjust,
     Adjustment,
     EmitScores,
-    RequestView,
+    Phase,
     Resident,
     Run,
     Sampling,
     Scores,
+    Target,
     TokenBytes,
     Top,
 )
@@ -30,12 +33,13 @@ NO_SLOT = -1
 class RequestState:
     __slots__ = (
         "id", "arrived_us", "slot", "tokens", "prompt_len", "max_tokens", "sampling", "stop_ids", "issued", "holes",
-        "steps", "early", "device_group", "last_master", "num_evictions", "rope_len", "adjustment", "needs_history",
-        "num_prompt_top", "num_scored", "dropped", "_view",
+        "steps", "early", "sampled_on", "last_master", "num_evictions", "rope_len", "adjustment", "needs_history",
+        "num_prompt_top", "num_scored", "dropped", "target", "first_token_us", "_ledger",
     )  # fmt: skip
 
     def __init__(
         self,
+        ledger: Ledger,
         request: int,
         arrived_us: int,
         prompt: TokenBytes | array[int],
@@ -45,6 +49,7 @@ class RequestState:
         adjustment: Adjustment | None = None,
         num_prompt_top: int | None = None,
         rope_len: int | None = None,
+        target: Target = NO_TARGET,
     ) -> None:
         """`rope_len`: that of the request whose KV it shares; None: from its own prompt and `max_tokens`."""
         self.id = request
@@ -61,7 +66,7 @@ class RequestState:
         self.steps: list[int] = []
         # Tokens whose step was reported before the step that samples the one before: index -> token, logprob, DoP, top.
         self.early: dict[int, tuple[int, float, int, Top | None]] = {}
-        self.device_group: tuple[int, ...] = ()
+        self.sampled_on: tuple[int, ...] = ()  # instances whose devices have the newest token
         self.last_master = -1
         self.num_evictions = 0
         # Fixed here for life: cached keys must depend neither on chunks nor on how far decoding has come.
@@ -71,7 +76,9 @@ class RequestState:
         self.num_prompt_top = num_prompt_top
         self.num_scored = 1  # prompt tokens whose log-probabilities are out; the first one has none
         self.dropped = 0
-        self._view: RequestView | None = None
+        self.target = target
+        self.first_token_us = NEVER
+        self._ledger = ledger
 
     @property
     def known(self) -> int:
@@ -112,7 +119,6 @@ class RequestState:
         num_before = sum(run.count for run in runs) - num_new
         assert num_before == sum(max(0, min(run.end, first - 1) - run.first) for run in runs), (first, runs)
         self.num_scored = end
-        self.changed()
         return EmitScores(self.id, first, scores.part(num_before, end - first))
 
     def adjust(self) -> Adjust | None:
@@ -130,47 +136,43 @@ class RequestState:
             first = self.holes[0].first
         return max(0, first - window + 1) if window else 0
 
-    def changed(self) -> None:
-        self._view = None
+    # ---- what a policy sees of it (`types.RequestView`)
 
-    def view(self, ledger: Ledger) -> RequestView:
-        """What the policy sees; built again only after a change."""
-        view = self._view
-        if view is None:
-            view = self._view = self._build_view(ledger)
-        return view
+    @property
+    def request(self) -> int:
+        return self.id
 
-    def _build_view(self, ledger: Ledger) -> RequestView:
-        known, issued, request = len(self.tokens), self.issued, self.id
-        held = ledger.tokens(request)
-        pages = ledger.table.pages
-        if len(held) == 1:
-            ((instance, tokens),) = held.items()
-            resident = (Resident(instance, tokens, len(pages(request, instance))),)
-        else:
-            resident = tuple(Resident(i, held[i], len(pages(request, i))) for i in sorted(held))
-        tail = ledger.open_page(request, issued - 1, self.last_master)
+    @property
+    def running(self) -> bool:
         # Where every device that has the newest token lost its pool, only the host can feed it, once it knows it; nor
         # can the devices where penalties depend on it. And no token is sampled before the prompt's scores are out.
-        fed = issued == known or (bool(self.device_group) and not self.needs_history)
-        running = fed and not self.holes and not self.score
-        return RequestView(
-            request,
-            self.arrived_us,
-            self.prompt_len,
-            known,
-            issued,
-            self.max_tokens,
-            known - self.prompt_len,
-            running,
-            self.missing,
-            resident,
-            None if tail is None else (tail[0], ledger.page_tokens - tail[1].count),
-            self.device_group if issued > known else (),
-            len(self.steps),
-            self.num_evictions,
-            self.score,
-        )
+        fed = self.issued == len(self.tokens) or (bool(self.sampled_on) and not self.needs_history)
+        return fed and not self.holes and not self.score
+
+    @property
+    def resident(self) -> tuple[Resident, ...]:
+        held, pages = self._ledger.tokens(self.id), self._ledger.table.pages
+        if len(held) == 1:
+            ((instance, tokens),) = held.items()
+            return (Resident(instance, tokens, len(pages(self.id, instance))),)
+        return tuple(Resident(i, held[i], len(pages(self.id, i))) for i in sorted(held))
+
+    @property
+    def open_page(self) -> tuple[int, int] | None:
+        tail = self._ledger.open_page(self.id, self.issued - 1, self.last_master)
+        return None if tail is None else (tail[0], self._ledger.page_tokens - tail[1].count)
+
+    @property
+    def device_group(self) -> tuple[int, ...]:
+        return self.sampled_on if self.issued > len(self.tokens) else ()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.steps)
+
+    @property
+    def prefill_phase(self) -> Phase:
+        return Phase.SCORE if self.score else Phase.PREFILL
 
 
 def whole(kv_len: int) -> tuple[Run, ...]:

@@ -12,9 +12,14 @@ positions of `[0, known)` and emits token `known`; a decode row takes the last t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import Protocol
 
 import msgspec
+
+NEVER = -1
+"""A time that has not come."""
 
 TokenBytes = bytes
 """Token ids as little-endian int32: a million-token prompt stays 4 MB and slices without copying ints."""
@@ -113,6 +118,18 @@ class Adjustment(Record, frozen=True):
         return self.repetition_penalty != 1 or self.counts_output
 
 
+class Target(Record, frozen=True):
+    """How soon a request wants its tokens. `priority`: larger goes first; `ttft_us`: from its arrival to its first
+    token; `tpot_us`: between tokens after it; 0: as soon as may be."""
+
+    priority: int = 0
+    ttft_us: int = 0
+    tpot_us: int = 0
+
+
+NO_TARGET = Target()
+
+
 class Top(Record, frozen=True):
     """The likeliest tokens of one position, in descending order, under the raw logits."""
 
@@ -159,6 +176,7 @@ class Arrived(Event, frozen=True):
     stop_ids: tuple[int, ...] = ()
     adjustment: Adjustment | None = None
     num_prompt_top: int | None = None
+    target: Target = NO_TARGET
 
 
 class StepDone(Event, frozen=True):
@@ -490,33 +508,55 @@ class Resident(Record, frozen=True):
     pages: int
 
 
-class RequestView(Record, frozen=True):
-    """`missing`: runs of `[0, known)` without KV (for a running decode: nothing but the last known position). What no
+class RequestView(Protocol):
+    """One unfinished request, read only and live: what it says holds until the plan is applied. Reading costs little,
+    and nothing is copied; do not keep one across plans, but in what `View.version` tells to be still true.
+
+    `missing`: runs of `[0, known)` without KV (for a running decode: nothing but the last known position). What no
     window will show again is dropped, and not missing.
     `device_group`: instances whose devices hold the newest token, or () when the host knows it.
     `running`: KV of `[0, known - 1)` is complete and it may decode now; else it needs prefill of `missing`, or waits
     for the host to know its newest token (`in_flight` > 0). `score`: its prefills are scoring ones.
+    `issued`: `known`, plus one per token sampled by steps in flight. `open_page`: (instance, free slots) of the page
+    that the next token may join. `first_token_us`: when its first token was sampled, or NEVER.
     `in_flight`: steps issued and not done. A prefilling request with in_flight > 0 cannot be planned again."""
 
-    request: int
-    arrived_us: int
-    prompt_len: int
-    known: int
-    issued: int  # known, plus one per token sampled by steps in flight
-    max_tokens: int
-    num_generated: int
-    running: bool
-    missing: tuple[Run, ...]
-    resident: tuple[Resident, ...]
-    open_page: tuple[int, int] | None  # (instance, free slots) of the page the next token may join
-    device_group: tuple[int, ...]
-    in_flight: int
-    num_evictions: int
-    score: bool = False
-
     @property
-    def prefill_phase(self) -> Phase:
-        return Phase.SCORE if self.score else Phase.PREFILL
+    def request(self) -> int: ...
+    @property
+    def arrived_us(self) -> int: ...
+    @property
+    def prompt_len(self) -> int: ...
+    @property
+    def known(self) -> int: ...
+    @property
+    def issued(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def num_generated(self) -> int: ...
+    @property
+    def running(self) -> bool: ...
+    @property
+    def missing(self) -> tuple[Run, ...]: ...
+    @property
+    def resident(self) -> tuple[Resident, ...]: ...
+    @property
+    def open_page(self) -> tuple[int, int] | None: ...
+    @property
+    def device_group(self) -> tuple[int, ...]: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def num_evictions(self) -> int: ...
+    @property
+    def score(self) -> bool: ...
+    @property
+    def prefill_phase(self) -> Phase: ...
+    @property
+    def target(self) -> Target: ...
+    @property
+    def first_token_us(self) -> int: ...
 
 
 class InstanceView(Record, frozen=True):
@@ -531,15 +571,33 @@ class InstanceView(Record, frozen=True):
     alive: bool
 
 
-class View(Record, frozen=True):
-    """The state a policy may use. `requests` are in arrival order: the waiting ones after the running ones. Of the
-    waiting ones only as many are shown as may start now (`max_running`, slots), so a policy may start any of them."""
+class View(Protocol):
+    """The state a policy may use, read only and live.
 
-    now_us: int
-    page_tokens: int
-    instances: tuple[InstanceView, ...]
-    requests: tuple[RequestView, ...]
-    ready: frozenset[tuple[Program, tuple[int, ...]]]
+    `active` and `waiting` are in order of arrival; `free_places`: how many waiting requests may start (`max_running`,
+    slots). `requests`: the active ones and as many waiting ones as may start, so a policy may start any of them.
+    `version` changes with everything but ordinary decoding: between two plans of one version the same requests run, on
+    the same instances, and only their lengths grew. Lists of requests cost their length to read, the rest does not.
+    """
+
+    @property
+    def now_us(self) -> int: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def page_tokens(self) -> int: ...
+    @property
+    def instances(self) -> tuple[InstanceView, ...]: ...
+    @property
+    def free_places(self) -> int: ...
+    @property
+    def active(self) -> Sequence[RequestView]: ...
+    @property
+    def waiting(self) -> Sequence[RequestView]: ...
+    @property
+    def requests(self) -> Sequence[RequestView]: ...
+    @property
+    def ready(self) -> frozenset[tuple[Program, tuple[int, ...]]]: ...
 
 
 class PlannedPrefillRow(Record, frozen=True):

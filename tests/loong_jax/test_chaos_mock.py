@@ -31,7 +31,6 @@ from loong_jax.types import (
     PrefillRow,
     Program,
     Rehome,
-    RequestView,
     Reset,
     Run,
     Scores,
@@ -203,12 +202,12 @@ def _forget_the_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
 def _any_device_has_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """`device_group` names every instance."""
 
-    def view(self: RequestState, ledger: Ledger) -> RequestView:
-        self.device_group = tuple(range(8)) if self.issued > self.known else ()
-        return request_view(self, ledger)
+    def anywhere(self: RequestState) -> tuple[int, ...]:
+        if self.issued > self.known:
+            self.sampled_on = tuple(range(8))
+        return self.sampled_on if self.issued > self.known else ()
 
-    request_view = RequestState.view
-    monkeypatch.setattr(RequestState, "view", view)
+    monkeypatch.setattr(RequestState, "device_group", property(anywhere))
 
 
 def _emit_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,16 +267,15 @@ def _score_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def _sample_before_the_scores_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last position of a prompt is decoded while the chunk before it is scored."""
 
-    def view(self: RequestState, ledger: Ledger) -> RequestView:
-        seen = request_view(self, ledger)
-        return msgspec.structs.replace(seen, running=True) if seen.score and not self.holes else seen
+    running = RequestState.running
+    eager = property(lambda self: (self.score and not self.holes) or running.__get__(self))
 
     def check(state: CoreState, request: RequestState, *rest: Any) -> None:
         if not request.score:
             issue_check(state, request, *rest)
 
-    request_view, issue_check = RequestState.view, issue._check_decode_row
-    monkeypatch.setattr(RequestState, "view", view)
+    issue_check = issue._check_decode_row
+    monkeypatch.setattr(RequestState, "running", eager)
     monkeypatch.setattr(issue, "_check_decode_row", check)
 
 

@@ -11,8 +11,7 @@ from loong_jax.types import Sampling
 def state_of(num_requests: int, **limits: int) -> CoreState:
     state = CoreState(ClusterConfig(8, slots=3), LimitsConfig(**limits))
     for i in range(num_requests):
-        state.requests[i] = RequestState(i, 0, array("i", [1, 2]).tobytes(), 1, Sampling(), ())
-        state.waiting[i] = None
+        state.enqueue(RequestState(state.ledger, i, 0, array("i", [1, 2]).tobytes(), 1, Sampling(), ()))
     return state
 
 

@@ -35,8 +35,7 @@ def state() -> CoreState:
     state = CoreState(CLUSTER, LimitsConfig())
     state.ready = frozenset(arcs(CLUSTER))
     for i, length in enumerate((20, 40)):
-        state.requests[i] = RequestState(i, 0, array("i", range(length)).tobytes(), 8, Sampling(), ())
-        state.waiting[i] = None
+        state.enqueue(RequestState(state.ledger, i, 0, array("i", range(length)).tobytes(), 8, Sampling(), ()))
         state.num_admitted += 1
     command = issue.prefill(state, prefill((0,), [(0, Run(0, 20))], [(0, 2)]))
     assert command.rows[0].emit

@@ -44,9 +44,8 @@ def state() -> CoreState:
 
 def decoding(state: CoreState, known: int, request_id: int = 0) -> RequestState:
     """A request with all its KV, pages alternating between both instances."""
-    request = RequestState(request_id, 0, array("i", range(known)).tobytes(), 8, Sampling(), ())
-    state.requests[request_id] = request
-    state.waiting[request_id] = None
+    request = RequestState(state.ledger, request_id, 0, array("i", range(known)).tobytes(), 8, Sampling(), ())
+    state.enqueue(request)
     state.start(request)
     for first in range(0, known - 1, 4):
         instance = first // 4 % 2
@@ -108,9 +107,8 @@ def test_a_fork_shares_only_what_it_can_complete(state: CoreState, known: int, s
     parent = decoding(state, known)
     slide(state, parent)
     parent.prompt_len = known - 1  # its first token is known: the child need not wait
-    child = RequestState(1, 0, parent.tokens.tobytes(), 8, Sampling(), ())
-    state.requests[1] = child
-    state.waiting[1] = None
+    child = RequestState(state.ledger, 1, 0, parent.tokens.tobytes(), 8, Sampling(), ())
+    state.enqueue(child)
     out = start_or_hold(state, parent, child)
     if shares:  # the pages end with the KV: none is open
         assert [type(command) for command in out] == [Fork]

@@ -22,10 +22,10 @@ from loong_jax.types import (
     Sampling,
     StepDone,
     StepFailed,
-    View,
 )
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.state import EngineState
+from tests.support.views import SeenView
 
 S = Sampling()
 
@@ -59,7 +59,7 @@ class Tape:
 
     def snapshot(self) -> pb.State:
         instances = (InstanceView(0, 3, 10, 0, 0, True), InstanceView(1, 10, 10, 2, 0, False))
-        return self.state.snapshot(View(self.now_us, 16, instances, (), frozenset()), self.now_us)
+        return self.state.snapshot(SeenView(16, instances, now_us=self.now_us), self.now_us)
 
     def groups(self):
         return [(group.phase, tuple(group.instances), group.requests) for group in self.snapshot().groups]

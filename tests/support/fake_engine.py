@@ -44,6 +44,7 @@ from loong_jax.types import (
     Top,
     View,
 )
+from tests.support.views import SeenView
 
 NEEDED = ((Program(Phase.PREFILL, 1, 16), (0,)), (Program(Phase.DECODE, 1, 1), (0,)))
 
@@ -126,7 +127,7 @@ class FakeManager:
             InstanceView(i, self.pages - used[i], self.pages, len(self.in_step), 0, True)
             for i in range(self.num_instances)
         )
-        return View(0, self.page_tokens, instances, (), frozenset())
+        return SeenView(self.page_tokens, instances)
 
     def _arrived(self, event: Arrived, out: list[AnyCommand]) -> None:
         request = _Request(event, event.request % self.num_instances, self.page_tokens)

@@ -8,11 +8,57 @@ from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
 from loong_jax.cost.linear import LinearCost
 from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import ReadyGroups
-from loong_jax.types import InstanceView, Program, RequestView, Resident, Run, View
+from loong_jax.types import NEVER, InstanceView, Phase, Program, Record, Resident, Run, Target
 from tests.support.schedules import arcs
 
 PAGE_TOKENS = 4
 LIMITS = LimitsConfig(chunk_tokens=32, decode_headroom_pages=1)
+
+
+class Seen(Record, frozen=True):
+    """A `RequestView` by hand."""
+
+    request: int
+    arrived_us: int
+    prompt_len: int
+    known: int
+    issued: int
+    max_tokens: int
+    num_generated: int
+    running: bool
+    missing: tuple[Run, ...]
+    resident: tuple[Resident, ...] = ()
+    open_page: tuple[int, int] | None = None
+    device_group: tuple[int, ...] = ()
+    in_flight: int = 0
+    num_evictions: int = 0
+    score: bool = False
+    target: Target = Target()
+    first_token_us: int = NEVER
+
+    @property
+    def prefill_phase(self) -> Phase:
+        return Phase.SCORE if self.score else Phase.PREFILL
+
+
+class SeenView(Record, frozen=True):
+    """A `View` by hand; every waiting request may start."""
+
+    page_tokens: int
+    instances: tuple[InstanceView, ...]
+    active: tuple[Seen, ...] = ()
+    waiting: tuple[Seen, ...] = ()
+    ready: frozenset[tuple[Program, tuple[int, ...]]] = frozenset()
+    now_us: int = 0
+    version: int = 0
+
+    @property
+    def free_places(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def requests(self) -> tuple[Seen, ...]:
+        return self.active + self.waiting
 
 
 def cluster(num_instances: int = 4, dops: Sequence[int] = (1, 2, 3, 4)) -> ClusterConfig:
@@ -42,11 +88,11 @@ def decoding(
     open_page: tuple[int, int] | None = None,
     device_group: tuple[int, ...] = (),
     in_flight: int = 0,
-) -> RequestView:
+) -> Seen:
     """One that decodes, with `pages` by instance."""
     resident = tuple(Resident(i, n * PAGE_TOKENS, n) for i, n in pages.items())
     known = sum(pages.values()) * PAGE_TOKENS + 1
-    return RequestView(
+    return Seen(
         request, request, known - 1, known, known, 100, 1, True, (Run(known - 1, 1),), resident, open_page,
         device_group, in_flight, 0,
     )  # fmt: skip
@@ -54,18 +100,18 @@ def decoding(
 
 def prompting(
     request: int, prompt_len: int, pages: dict[int, int] | None = None, in_flight: int = 0, score: bool = False
-) -> RequestView:
+) -> Seen:
     """One whose first pages, `pages` by instance, hold KV, and whose other positions need prefill."""
     resident = tuple(Resident(i, n * PAGE_TOKENS, n) for i, n in (pages or {}).items())
     done = sum(r.tokens for r in resident)
-    return RequestView(
+    return Seen(
         request, request, prompt_len, prompt_len, prompt_len, 100, 0, False, (Run(done, prompt_len - done),), resident,
         None, (), in_flight, 0, score,
     )  # fmt: skip
 
 
 def draft(
-    requests: Sequence[RequestView],
+    requests: Sequence[Seen],
     instances: Sequence[InstanceView] = FOUR,
     ready: Sequence[tuple[Program, tuple[int, ...]]] | None = None,
     dops: Sequence[int] = (1, 2, 3, 4),
@@ -73,5 +119,5 @@ def draft(
     """READY by default: every program on every arc."""
     config = cluster(len(instances), dops)
     programs = frozenset(arcs(config) if ready is None else ready)
-    view = View(0, PAGE_TOKENS, tuple(instances), tuple(requests), programs)
+    view = SeenView(PAGE_TOKENS, tuple(instances), tuple(requests), ready=programs)
     return Draft(config, LIMITS, ReadyGroups(programs), view, LinearCost())

@@ -7,13 +7,14 @@ import random
 import pytest
 
 from loong_jax.policy import placement
-from loong_jax.types import Rehome, RequestView, Resident, Share
+from loong_jax.types import Rehome, Resident, Share
+from tests.support.views import Seen
 
 
-def view(**held: int) -> RequestView:
+def view(**held: int) -> Seen:
     """Pages by instance: view(i0=3)."""
     resident = tuple(Resident(int(name[1:]), pages * 4, pages) for name, pages in held.items())
-    return RequestView(1, 0, 100, 100, 100, 10, 0, False, (), resident, None, (), 0, 0)
+    return Seen(1, 0, 100, 100, 100, 10, 0, False, (), resident, None, (), 0, 0)
 
 
 def test_even_levels_what_is_there() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from loong_jax.policy.groups import mask_of
 from loong_jax.policy.simple_decode import DecodePlanner
-from loong_jax.types import Phase, PlannedDecode, PlannedDecodeRow, RequestView
-from tests.support.views import decoding, draft, instance
+from loong_jax.types import Phase, PlannedDecode, PlannedDecodeRow
+from tests.support.views import Seen, decoding, draft, instance
 
 
-def planned(*requests: RequestView, **kwargs) -> list[tuple[tuple[int, ...], dict[int, int]]]:
+def planned(*requests: Seen, **kwargs) -> list[tuple[tuple[int, ...], dict[int, int]]]:
     """(instances, master by request) of each step."""
     steps = DecodePlanner(draft(requests, **kwargs), requests).plan()
     return [(step.instances, {row.request: row.master for row in step.rows}) for step in steps]
