@@ -1,8 +1,8 @@
 """Lengths of prompts and outputs: the paper's data sets by their statistics, and files of real traces.
 
-The data sets themselves are not here. ShareGPT, L-Eval and LV-Eval are drawn from piecewise linear distributions through
-the quantiles that are known of them (LoongServe 7.2); a Zipf workload draws a length and takes the request of the
-union of the three whose prompt is nearest, as the paper's recipe does. Prompt and output are drawn independently.
+The data sets themselves are not here. ShareGPT, L-Eval and LV-Eval are drawn from piecewise linear distributions
+through the quantiles that are known of them (LoongServe 7.2); a Zipf workload draws a length and takes the request of
+the union of the three whose prompt is nearest, as the paper's recipe does. Prompt and output are independent.
 What it is not: arrivals (`workloads.py`).
 """
 
@@ -34,7 +34,8 @@ Quantiles = tuple[tuple[float, float], ...]
 """(share, value), from share 0 to share 1; linear between."""
 
 SHAREGPT_PROMPT: Quantiles = (
-    (0.0, 4), (0.10, 143), (0.25, 398), (0.50, 822), (0.75, 1346), (0.90, 1826), (0.95, 2021), (0.99, 2202), (1.0, 2238),
+    (0.0, 4), (0.10, 143), (0.25, 398), (0.50, 822), (0.75, 1346), (0.90, 1826), (0.95, 2021),
+    (0.99, 2202), (1.0, 2238),
 )  # fmt: skip
 SHAREGPT_OUTPUT: Quantiles = (
     (0.0, 4), (0.25, 22), (0.50, 137), (0.75, 384), (0.90, 602), (0.95, 765), (0.99, 974), (1.0, 993),
@@ -46,16 +47,8 @@ LEVAL_PROMPT: Quantiles = (
 )  # fmt: skip
 # Exam answers of a few tokens, references of about 95 words: quantiles of the lengths that are public.
 LEVAL_OUTPUT: Quantiles = (
-    (0.0, 1),
-    (0.35, 1),
-    (0.5, 14),
-    (0.6, 25),
-    (0.75, 75),
-    (0.9, 153),
-    (0.95, 250),
-    (0.99, 549),
-    (1.0, 896),
-)
+    (0.0, 1), (0.35, 1), (0.5, 14), (0.6, 25), (0.75, 75), (0.9, 153), (0.95, 250), (0.99, 549), (1.0, 896),
+)  # fmt: skip
 LVEVAL_OUTPUT: Quantiles = ((0.0, 1), (0.5, 8), (0.9, 24), (1.0, 64))
 LVEVAL_LEVELS = 5
 LVEVAL_FIRST_LEVEL = 20_500  # 16K words at 1.28 tokens a word; each level doubles

@@ -68,7 +68,7 @@ class Quantiles(msgspec.Struct, frozen=True):
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Times in seconds, of finished requests. `slo_attainment`: share of all requests; `attainment_by_decile`: the
-    same by tenths of the prompt lengths, shortest first; `goodput`: requests that met the SLO, per second of arrivals."""
+    same by tenths of the prompt lengths, shortest first; `goodput`: requests that met it, per second of arrivals."""
 
     num_requests: int
     finished: int
@@ -115,7 +115,8 @@ def quantiles(values: Sequence[float]) -> Quantiles:
     if not values:
         return Quantiles()
     ordered = sorted(values)
-    return Quantiles(sum(ordered) / len(ordered), *(quantile(ordered, q) for q in (0.5, 0.9, 0.99)), ordered[-1])
+    p50, p90, p99 = (quantile(ordered, q) for q in (0.5, 0.9, 0.99))
+    return Quantiles(sum(ordered) / len(ordered), p50, p90, p99, ordered[-1])
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:

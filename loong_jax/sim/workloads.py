@@ -2,8 +2,8 @@
 
 Names: sharegpt, leval, lveval, mixed, zipf-A; with a folder of traces: azure, mooncake, arxiv, leval-trace. With "+1m"
 behind it, one prompt of a hundred is a million tokens long.
-Arrivals: "poisson"; "bursts": gamma distributed gaps with a coefficient of variation of 3; "trace": the file's own, scaled
-to the rate. As in the paper, a stream of unit rate is scaled so that its last request comes at number / rate.
+Arrivals: "poisson"; "bursts": gamma distributed gaps with a coefficient of variation of 3; "trace": the file's own,
+scaled to the rate. As in the paper, a stream of unit rate is scaled so that its last request comes at number / rate.
 What it is not: the lengths of a data set (`lengths.py`).
 """
 

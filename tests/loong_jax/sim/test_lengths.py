@@ -67,7 +67,8 @@ def test_files(tmp_path: Path) -> None:
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.5,374,44\n2023-11-16 18:16:01.25,396,109\n"
     )
     (tmp_path / "mooncake_conversation.jsonl").write_text(
-        '{"timestamp": 0, "input_length": 9, "output_length": 0}\n{"timestamp": 1500, "input_length": 8, "output_length": 3}\n'
+        '{"timestamp": 0, "input_length": 9, "output_length": 0}\n'
+        '{"timestamp": 1500, "input_length": 8, "output_length": 3}\n'
     )
     (tmp_path / "vidur_arxiv.csv").write_text("num_prefill_tokens,num_decode_tokens,pd_ratio\n3772,54,69.8\n")
     (tmp_path / "leval_lengths_chars.csv").write_text("task,prompt_chars,output_chars\ncoursera,25731,1\n")
