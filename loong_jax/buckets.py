@@ -1,6 +1,6 @@
 """Which compiled bucket a step needs: pure arithmetic over the ladder (DESIGN 5, Programs).
 
-What it is: how runs are cut into units, how units are striped over a group, and the smallest bucket that fits.
+What it is: how runs are cut into units and chunks, how units are striped over a group, the smallest bucket that fits.
 What it is not: the ladder itself (`config.LadderConfig`) or knowledge of what is READY (`manager.py`).
 """
 
@@ -25,6 +25,20 @@ def units(runs: Iterable[Run], page_tokens: int) -> list[Run]:
         for run in runs
         for first in range(run.first, run.end, page_tokens)
     ]
+
+
+def take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[Run, ...]:
+    """The first runs of `missing`, `num_units` units at most; a cut falls on a page boundary where it can."""
+    out: list[Run] = []
+    for run in missing:
+        if num_units <= 0:
+            break
+        end = min(run.end, run.first + num_units * page_tokens)
+        if end < run.end and end - end % page_tokens > run.first:
+            end -= end % page_tokens
+        out.append(Run(run.first, end - run.first))
+        num_units -= -(-(end - run.first) // page_tokens)
+    return tuple(out)
 
 
 def prefill_bucket(num_units: int, dop: int, sizes: tuple[int, ...], page_tokens: int) -> int | None:

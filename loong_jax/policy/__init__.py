@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 from loong_jax.config import ClusterConfig, LimitsConfig
+from loong_jax.cost import CostModel
+from loong_jax.policy.baselines import BASELINES
 from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.types import Plan, View
 
-POLICIES: Mapping[str, Callable[[ClusterConfig, LimitsConfig], SimpleElastic]] = MappingProxyType(
-    {"simple_elastic": SimpleElastic}
+
+class NamedPolicy(Protocol):
+    def plan(self, view: View, cost: CostModel) -> Plan: ...
+
+
+POLICIES: Mapping[str, Callable[[ClusterConfig, LimitsConfig], NamedPolicy]] = MappingProxyType(
+    {"simple_elastic": SimpleElastic, **BASELINES}
 )
 """By the names that the command line and the event log use."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loong_jax import buckets
+from loong_jax.buckets import take
 from loong_jax.cost import row_pairs
 from loong_jax.policy import placement
 from loong_jax.policy.draft import Draft
@@ -235,17 +236,3 @@ class PrefillPlanner:
         are made as they are wanted."""
         num_pages = sum(r.pages for r in head.resident) + self.draft.pages_needed(head)
         return -(-num_pages // self.draft.cluster.pages_per_instance)
-
-
-def take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[Run, ...]:
-    """The first runs of `missing`, `num_units` units at most; a cut falls on a page boundary where it can."""
-    out: list[Run] = []
-    for run in missing:
-        if num_units <= 0:
-            break
-        end = min(run.end, run.first + num_units * page_tokens)
-        if end < run.end and end - end % page_tokens > run.first:
-            end -= end % page_tokens
-        out.append(Run(run.first, end - run.first))
-        num_units -= -(-(end - run.first) // page_tokens)
-    return tuple(out)
