@@ -7,13 +7,14 @@ Importing it does not import JAX: the platform is chosen first.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import grpc
 import typer
@@ -30,6 +31,7 @@ from serving.launch import EngineLost, LaunchConfig
 from serving.printer import Printer
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.server import PortTaken, ServerConfig
+from serving.simulate import simulate as simulate_command
 from serving.tokenizer import TokenizerError
 from serving.worker import ControlError
 
@@ -224,6 +226,13 @@ def generate(
             ignore_eos=ignore_eos,
         )
         asyncio.run(_print_answer(address, request, timeout_s, ids))
+
+
+@app.command(help=simulate_command.__doc__)
+@functools.wraps(simulate_command)
+def simulate(**options: Any) -> None:
+    with _told_errors():
+        simulate_command(**options)
 
 
 def _content(
