@@ -19,8 +19,8 @@ from tests.support.schedules import Controls, Schedule, ScheduleConfig, Schedule
 MakePolicy = Callable[[ClusterConfig, LimitsConfig], Policy]
 
 
-def cluster_for(rng: random.Random, *, windowed: bool = False) -> ClusterConfig:
-    num_instances = rng.choice((1, 2, 3, 4, 8))
+def cluster_for(rng: random.Random, *, windowed: bool = False, least: int = 1) -> ClusterConfig:
+    num_instances = max(least, rng.choice((1, 2, 3, 4, 8)))
     page_tokens = rng.choice((1, 2, 4))
     dops = tuple(sorted({d for d in (1, 2, 3, 4, 8) if d <= num_instances} | {num_instances}))
     ladder = LadderConfig(
@@ -63,10 +63,13 @@ def few_groups(
     return cluster, ready
 
 
-def run_schedule(seed: int, make: MakePolicy, *, all_ready: bool = True, windowed: bool = False) -> ScheduleRun:
-    """A cluster, limits and a schedule by `seed`; outcomes are checked, and a replay with a policy made again."""
+def run_schedule(
+    seed: int, make: MakePolicy, *, all_ready: bool = True, windowed: bool = False, least: int = 1
+) -> ScheduleRun:
+    """A cluster of `least` instances or more, limits and a schedule by `seed`; outcomes are checked, and a replay
+    with a policy made again."""
     rng = random.Random(seed)
-    cluster = cluster_for(rng, windowed=windowed)
+    cluster = cluster_for(rng, windowed=windowed, least=least)
     ready = arcs(cluster)
     if not all_ready:
         cluster, ready = few_groups(rng, cluster)

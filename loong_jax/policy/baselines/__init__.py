@@ -13,6 +13,7 @@ from typing import Protocol
 
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost import CostModel
+from loong_jax.policy.baselines.disaggregated import Disaggregated
 from loong_jax.policy.baselines.lane import Rules
 from loong_jax.policy.baselines.lanes import LanePolicy, each_alone, least_work, round_robin
 from loong_jax.types import Plan, View
@@ -66,11 +67,22 @@ def replicas_2024(cluster: ClusterConfig, limits: LimitsConfig) -> Baseline:
     return LanePolicy(cluster, limits, Rules(depth=1, reserves_output=True), each_alone, round_robin)
 
 
+def disaggregated(cluster: ClusterConfig, limits: LimitsConfig) -> Baseline:
+    """Half of the instances compute prompts in chunks, half decode; KV migrates."""
+    return Disaggregated(cluster, limits, Rules(budget=limits.chunk_tokens, depth=1), Rules(depth=1))
+
+
+def disaggregated_2024(cluster: ClusterConfig, limits: LimitsConfig) -> Baseline:
+    """DistServe: whole prompts, short ones put together up to `chunk_tokens`."""
+    return Disaggregated(cluster, limits, Rules(batch_tokens=limits.chunk_tokens, depth=1), Rules(depth=1))
+
+
 BASELINES: Mapping[str, Callable[[ClusterConfig, LimitsConfig], Baseline]] = MappingProxyType(
     {
         make.__name__: make
         for make in (
             static_tp, static_tp_2024, chunked, chunked_2024, fixed_sp, fixed_sp_2024, replicas, replicas_2024,
+            disaggregated, disaggregated_2024,
         )
     }
 )  # fmt: skip

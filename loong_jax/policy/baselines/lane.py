@@ -36,11 +36,13 @@ from loong_jax.types import (
 
 class Rules(NamedTuple):
     """How a lane works. `budget`: tokens of an iteration, decode rows first (0: prompts come first, and whole);
-    `depth`: steps outstanding (1: the host waits for each, 2: it is one step ahead); `single_master`: all rows on one
+    `batch_tokens`: whole prompts are put together up to so many (0: as many as a program takes); `depth`: steps
+    outstanding (1: the host waits for each, 2: it is one step ahead); `single_master`: all rows on one
     instance; `watermark`: share of the pool that admission leaves free; `reserves_output`: admission reserves all of
     `max_tokens`; `decodes`: whether rows are decoded here."""
 
     budget: int = 0
+    batch_tokens: int = 0
     depth: int = 2
     single_master: bool = False
     watermark: float = 0.0
@@ -68,11 +70,16 @@ class Lane:
         self._again: PlannedDecode | None = None
         self._uses = 0
         self._masters: dict[int, int] = {}
+        self._resting = -1  # the version of the view at which it had nothing to do
         self._iteration: tuple[int, int] | None = None  # (now_us, decode rows) of an iteration that awaits its prefill
 
     def busy(self, view: View) -> bool:
         """Whether no plan of this lane can be carried out now."""
         return any(view.instances[i].queued >= self.rules.depth for i in self.instances) and self._iteration is None
+
+    def rests(self, view: View) -> bool:
+        """Whether it had nothing to do, and nothing has happened since."""
+        return view.version == self._resting
 
     def again(self, view: View) -> PlannedDecode | None:
         """The decode of the plan before, when nothing but that happened since and pages surely suffice."""
@@ -85,7 +92,7 @@ class Lane:
 
     def plan(self, board: Board, holders: Sequence[RequestView], fresh: Sequence[RequestView]) -> LanePlan:
         """`holders`: its requests with KV or a step in flight; `fresh`: others that may start here; by arrival."""
-        self._again = None
+        self._again, self._resting = None, -1
         iteration, self._iteration = self._iteration, None
         if iteration is not None and iteration[0] == board.view.now_us:
             return LanePlan(self._prefill(board, holders, fresh, self.rules.budget - iteration[1], []))
@@ -101,8 +108,12 @@ class Lane:
             planned = LanePlan(prefill) if prefill is not None else self._decode(board, holders, rows)
             if prefill is None and planned.decode is not None:
                 self._keep(board, planned.decode, rows)
-        if planned == _NOTHING and idle and holders and not board.prepares:
-            return self._make_room(holders)
+        if planned == _NOTHING and idle:
+            self._resting = board.view.version
+            # Where others decode, those that are through only wait to be moved away.
+            waits = [r for r in holders if self.rules.decodes or not r.running]
+            if waits and not board.prepares:
+                return self._make_room(holders)
         return planned
 
     def _iterate(
@@ -178,6 +189,9 @@ class Lane:
             units = min(dop * (bucket // page_tokens), board.spare(self.instances))
             if budget:
                 units = min(units, max(1, budget // page_tokens))
+            elif self.rules.batch_tokens:
+                alone = buckets.num_units(head.missing, page_tokens)
+                units = min(units, max(alone, self.rules.batch_tokens // page_tokens))
             batch = self._batch([c for c in candidates if c.score == head.score], units, page_tokens, board)
             if batch:
                 return self._place(board, batch)

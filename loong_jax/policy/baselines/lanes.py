@@ -10,7 +10,7 @@ lives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost import CostModel
@@ -54,6 +54,28 @@ def least_work(
     return min(range(len(lanes)), key=key)
 
 
+def turn(
+    holders: Sequence[RequestView], fresh: list[RequestView], fits: Callable[[RequestView], bool]
+) -> tuple[bool, list[RequestView]]:
+    """Whether all instances are one lane now, for requests that none of the others can hold, and who may start."""
+    if not all(map(fits, holders)):
+        return True, []
+    first = next((k for k, request in enumerate(fresh) if not fits(request)), len(fresh))
+    if first == 0 and fresh and not holders:
+        return True, fresh[:1]
+    return False, fresh[:first]
+
+
+def evict_outside(holders: list[RequestView], instances: Iterable[int]) -> list[PlannedEvict]:
+    """Those with KV elsewhere, after an instance was lost or came back, are computed again inside. They are taken out
+    of `holders`; while a step of theirs is under way they wait."""
+    covered = mask_of(instances)
+    outside = [r for r in holders if kv_mask(r) & ~covered]
+    for request in outside:
+        holders.remove(request)
+    return [PlannedEvict(r.request) for r in outside if r.in_flight == 0]
+
+
 class LanePolicy:
     """One object per manager. It remembers the lanes of the living instances, and the decode each goes on with."""
 
@@ -88,7 +110,7 @@ class LanePolicy:
         """Every lane that can take a step goes on decoding as before; None when one has to think."""
         decodes: list[PlannedDecode] = []
         for lane in self._lanes:
-            if not lane.busy(view):
+            if not (lane.busy(view) or lane.rests(view)):
                 decode = lane.again(view)
                 if decode is None:
                     return None
@@ -98,32 +120,18 @@ class LanePolicy:
     def _plan(self, board: Board) -> Plan:
         holders = [r for r in board.view.requests if r.resident or r.in_flight]
         fresh = [r for r in board.view.requests if not (r.resident or r.in_flight)]
-        size = self._lanes[0].instances
         if len(self._lanes) > 1:
-            wide = any(not self._is_of_a_lane(board, r, size) for r in holders)
-            first = next((k for k, r in enumerate(fresh) if not board.fits(r, size)), len(fresh))
-            if wide or (first == 0 and fresh and not holders):
-                stranded = self._stranded(holders, [self._wide])
-                return self._join(board, [self._wide.plan(board, holders, [] if wide else fresh[:1])], stranded)
-            fresh = fresh[:first]
-        stranded = self._stranded(holders, self._lanes)
+            size = self._lanes[0].instances
+            wide, fresh = turn(holders, fresh, lambda r: len(r.resident) <= 1 and board.fits(r, size))
+            if wide:
+                stranded = evict_outside(holders, self._wide.instances)
+                return self._join(board, [self._wide.plan(board, holders, fresh)], stranded)
+        stranded = evict_outside(holders, [i for lane in self._lanes for i in lane.instances])
         lanes = [lane.instances for lane in self._lanes]
         given = self._given(board, lanes, holders)
         new = self._balanced(board, lanes, given, fresh)
         plans = [lane.plan(board, given[k], new[k]) for k, lane in enumerate(self._lanes) if not lane.busy(board.view)]
         return self._join(board, plans, stranded)
-
-    def _is_of_a_lane(self, board: Board, request: RequestView, size: Instances) -> bool:
-        return len(request.resident) <= 1 and board.fits(request, size)
-
-    @staticmethod
-    def _stranded(holders: list[RequestView], lanes: Sequence[Lane]) -> list[PlannedEvict]:
-        """KV outside every lane, after an instance was lost or came back: computed again inside one."""
-        covered = mask_of(i for lane in lanes for i in lane.instances)
-        lost = [r for r in holders if kv_mask(r) & ~covered]
-        for request in lost:
-            holders.remove(request)
-        return [PlannedEvict(r.request) for r in lost if r.in_flight == 0]
 
     def _given(
         self, board: Board, lanes: Sequence[Instances], holders: Sequence[RequestView]

@@ -68,7 +68,8 @@ def test_exactly_the_capacity_is_served(policy: str) -> None:
 
 def check_schedules(policy: str, seeds: range) -> None:
     for seed in seeds:
-        run_schedule(seed, POLICIES[policy], all_ready=seed % 2 == 0, windowed=seed % 5 == 0)
+        least = 2 if policy.startswith("disaggregated") else 1
+        run_schedule(seed, POLICIES[policy], all_ready=seed % 2 == 0, windowed=seed % 5 == 0, least=least)
 
 
 @pytest.mark.parametrize("policy", BASELINES)
