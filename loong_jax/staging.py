@@ -175,33 +175,36 @@ def _adjust_prefill(
     command: RunPrefill, shape: StepShape, adjusts: Adjusts, rank_of_row: np.ndarray
 ) -> np.ndarray | None:
     """Adjustments of the emitting rows, each where its last token lies."""
+    newest = lambda row: int(np.frombuffer(row.tokens, "<i4")[-1])
     found = [
-        (i, row, adjusts[row.request]) for i, row in enumerate(command.rows) if row.emit and row.request in adjusts
+        (adjusts[row.request], (int(rank_of_row[i]), i), row.runs[-1].end - 1, newest(row))
+        for i, row in enumerate(command.rows)
+        if row.emit and row.request in adjusts
     ]
-    if not found:
-        return None
-    layout = adjust_layout(shape, shape.prefill_rows)
-    packed = np.zeros((shape.dop, layout.size), np.int32)
-    fields = layout.views(packed)
-    for i, row, adjust in found:
-        end = row.runs[-1].end
-        adjust.observe(end - 1, int(np.frombuffer(row.tokens, "<i4")[-1]))
-        adjust.write(fields, (int(rank_of_row[i]), i), end)
-    return packed
+    return _write_adjusts(found, shape, shape.prefill_rows)
 
 
 def _adjust_decode(command: RunDecode, shape: StepShape, adjusts: Adjusts, where: list[int]) -> np.ndarray | None:
     found = [
-        (at, row, adjusts[row.request]) for at, row in zip(where, command.rows, strict=True) if row.request in adjusts
+        (adjusts[row.request], divmod(at, shape.bucket), row.position, row.token)
+        for at, row in zip(where, command.rows, strict=True)
+        if row.request in adjusts
     ]
+    return _write_adjusts(found, shape, shape.bucket)
+
+
+def _write_adjusts(
+    found: list[tuple[RowAdjust, tuple[int, int], int, int]], shape: StepShape, num_rows: int
+) -> np.ndarray | None:
+    """`found`: what adjusts a row, the row's (rank, place), its newest position and token."""
     if not found:
         return None
-    layout = adjust_layout(shape, shape.bucket)
+    layout = adjust_layout(shape, num_rows)
     packed = np.zeros((shape.dop, layout.size), np.int32)
     fields = layout.views(packed)
-    for at, row, adjust in found:
-        adjust.observe(row.position, row.token)
-        adjust.write(fields, divmod(at, shape.bucket), row.position + 1)
+    for adjust, place, position, token in found:
+        adjust.observe(position, token)
+        adjust.write(fields, place, position + 1)
     return packed
 
 

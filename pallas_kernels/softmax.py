@@ -14,11 +14,12 @@ from pallas_kernels.partial import NEG, Partial
 
 
 class Running(NamedTuple):
-    """`top`: largest score so far (NEG at first); `total`: sum of exp(score - top); `acc`: the weighted sum of V."""
+    """`top`: largest score so far (NEG at first); `total`: sum of exp(score - top); `acc`: the weighted sum of V. In
+    front, where several rows are folded at once, their axis."""
 
-    top: Float[Array, "kvh query"]
-    total: Float[Array, "kvh query"]
-    acc: Float[Array, "kvh query dim"]
+    top: Float[Array, "*row kvh query"]
+    total: Float[Array, "*row kvh query"]
+    acc: Float[Array, "*row kvh query dim"]
 
 
 def varying_zero(*arrays: Shaped[Array, "..."]) -> Float[Array, ""]:

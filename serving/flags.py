@@ -35,10 +35,18 @@ MaxWaiting = Annotated[int, typer.Option(min=1, help="Requests waiting at once; 
 ChunkTokens = Annotated[int, typer.Option(min=1, help="New tokens of one prefill step over its group.")]
 Dops = Annotated[str, typer.Option(help="Degrees of parallelism, as in 1,2,4,8. auto: by the number of instances.")]
 PrefillBuckets = Annotated[
-    str, typer.Option(help="Sizes of prefill programs: tokens per instance. auto: 128,512,2048,8192; with cpu 512.")
+    str,
+    typer.Option(
+        help="Sizes of prefill programs: tokens per instance. auto: 128,512,2048,8192; with cpu 512, and 512,2048 for "
+        "one or two instances."
+    ),
 ]
 DecodeBuckets = Annotated[
-    str, typer.Option(help="Sizes of decode programs: rows per master. auto: 1,8,32,128; with cpu 8.")
+    str,
+    typer.Option(
+        help="Sizes of decode programs: rows per master. auto: 1,8,32,128; with cpu 8, and 1,8,32 for one or two "
+        "instances."
+    ),
 ]
 WarmUp = Annotated[
     str, typer.Option(help="Ready once programs are there of: 'minimal': DoP 1 and the largest; 'full': every group.")

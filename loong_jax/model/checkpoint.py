@@ -1,7 +1,7 @@
 """A checkpoint -> the shards of every instance (DESIGN 5).
 
 What it is: a check of all tensors before anything is placed, and the placing: leaf by leaf, so that host memory holds
-about one fused leaf at a time, and each byte is read once however many instances get it.
+one or two fused leaves at a time, and each byte is read once however many instances get it.
 What it is not: the plan of slices (`leaves.py`), a file format (`safetensors_reader.py`, `orbax_reader.py`), the
 configuration (`hf_config.py`) or the model (`decoder.py`).
 """

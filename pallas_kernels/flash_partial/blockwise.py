@@ -80,12 +80,9 @@ def _blocks(a: Array, size: int, fill: int) -> Array:
 
 
 def block_size(limit: int, num_tokens: int) -> int:
-    """At most `limit`, a power of two at least 16, no larger than the tokens need."""
-    return min(max(limit, 16), max(16, _next_power_of_2(num_tokens)))
-
-
-def _next_power_of_2(x: int) -> int:
-    return 1 << (x - 1).bit_length()
+    """At most `limit` (16 or more), a multiple of 8; as even as blocks can be, so that the last one is no padding."""
+    num_blocks = max(1, -(-num_tokens // max(limit, 16)))
+    return max(16, -(-num_tokens // (8 * num_blocks)) * 8)
 
 
 def flash_partial(

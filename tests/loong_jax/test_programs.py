@@ -1,6 +1,7 @@
 """The ladder: where an executable comes from, that it is traced once, who waited for it, and which sets there are."""
 
 import contextlib
+import gc
 import threading
 import time
 
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from loong_jax import mappings, retarget
 from loong_jax.device_sets import on_sets
+from loong_jax.mappings import num_mappings
 from loong_jax.program_store import ProgramStore, enable_jax_cache
 from loong_jax.programs import Programs, ProgramsFull, StepFunction
 from loong_jax.types import Phase, Program, ProgramReady
@@ -109,6 +111,20 @@ def test_one_trace_and_one_compile_serve_all_sets(start):
     assert (programs.compiles_after_ready, programs.loads_after_ready) == (1, 3)
     assert programs.events == []
     assert set(programs.ready) == {(DECODE, instances) for instances in SETS}
+
+
+def test_closing_lets_go_of_what_was_compiled(start, no_retarget):
+    """The functions they were compiled from would keep executables, and so memory mappings, for good."""
+    programs = start(Engine())
+    programs.compile(DECODE, SETS[0])  # what the first compilation brings with it stays
+    before = num_mappings()
+    for instances in SETS[1:]:
+        programs.compile(DECODE, instances)
+    compiled = num_mappings()
+    programs.close()
+    gc.collect()
+    assert compiled - before > 10
+    assert num_mappings() <= before
 
 
 def test_without_retargeting_each_set_is_compiled_from_one_trace(start, no_retarget):

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import flash_partial as flash
 from pallas_kernels import paged_partial as paged
 from pallas_kernels.flash_partial import blockwise
+from pallas_kernels.paged_partial.blockwise import STEP_BYTES
 from pallas_kernels.partial import Partial
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.test_conformance import check
@@ -110,8 +111,11 @@ def test_inside_shard_map_with_checked_axes(op, varying):
         check(Partial(got.out[rank], got.lse[rank]), want, 2e-6)
 
 
-def test_paged_memory_is_far_below_the_pool():
-    pool = jax.ShapeDtypeStruct((8, 1024, 2, 2, 16, 64), jnp.uint16)
-    arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in OPS["paged"][1].items()} | {"kv_pages": pool}
-    memory = jax.jit(call_paged).lower(arrays).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < pool.size * 2 / 16
+def test_paged_memory_is_that_of_a_step_whatever_the_pool():
+    def temp_bytes(num_pages):
+        pool = jax.ShapeDtypeStruct((8, num_pages, 2, 2, 16, 64), jnp.uint16)
+        shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in OPS["paged"][1].items()}
+        return jax.jit(call_paged).lower(shapes | {"kv_pages": pool}).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temp_bytes(512), temp_bytes(4096)
+    assert small == large < 4 * STEP_BYTES

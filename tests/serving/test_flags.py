@@ -30,7 +30,11 @@ def test_good_flags():
     assert cluster_config(**{**GOOD, "instances": 6}).ladder.dops == (1, 2, 3, 4, 6)
     auto = {**GOOD, "prefill_buckets": "auto", "decode_buckets": "auto"}
     assert cluster_config(**auto).ladder.num_programs == 47
-    assert cluster_config(**{**auto, "platform": "cpu"}).ladder.num_programs == 17
+    cpu = {**auto, "platform": "cpu"}
+    assert cluster_config(**cpu).ladder.num_programs == 17
+    sizes = [cluster_config(**{**cpu, "instances": n}).ladder for n in (1, 2, 3)]
+    assert [ladder.prefill_tokens for ladder in sizes] == [(512, 2048), (512, 2048), (512,)]
+    assert [ladder.decode_rows for ladder in sizes] == [(1, 8, 32), (1, 8, 32), (8,)]
     assert cluster_config(**{**auto, "instances": 64}).ladder.num_programs <= 64
     sizes = [cluster_config(**{**GOOD, "prefill_buckets": b}).ladder.score_tokens for b in ("16,512,1024", "1024,2048")]
     assert sizes == [(512,), (1024,)], "a size the operator gave"
