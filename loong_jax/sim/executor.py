@@ -115,14 +115,18 @@ class SimExecutor:
         self._start(partner, other, seconds, now_us)
 
     def _partner(self, first: InFlight, queues: list[deque[int]]) -> int | None:
-        """The step behind `first`, if both are of different phases and on the same instances."""
+        """The step behind `first`, if it can run with it: on the same instances, of the other phase, and on other
+        requests, for no row can decode a token that the same iteration samples."""
         behind = {queue[1] if len(queue) > 1 else None for queue in queues}
         step = behind.pop()
         if behind or step is None:
             return None
         second = self._in_flight[step]
-        phases = {type(first.command), type(second.command)}
-        return step if second.instances == first.instances and phases == {RunPrefill, RunDecode} else None
+        commands = (first.command, second.command)
+        if second.instances != first.instances or {type(c) for c in commands} != {RunPrefill, RunDecode}:
+            return None
+        requests = [{row.request for row in command.rows} for command in commands]  # type: ignore[union-attr]
+        return step if requests[0].isdisjoint(requests[1]) else None
 
     def _start(self, step: int, waiting: InFlight, seconds: float, now_us: int) -> None:
         if self._stretch is not None:

@@ -91,6 +91,12 @@ def test_only_steps_of_two_phases_on_the_same_instances_fuse() -> None:
     assert sorted(bench.ends) == [0, 2]
 
 
+def test_a_row_does_not_fuse_with_the_prefill_that_samples_its_token() -> None:
+    bench = Bench(fused=True)
+    bench.submit(0, prefill(0, (0,), 100), decode(1, (0,), rows=8))  # request 7 is in both
+    assert sorted(bench.ends) == [0]
+
+
 def test_pairs_and_context_of_a_chunk() -> None:
     seen: list[tuple] = []
 
