@@ -8,6 +8,7 @@ What it is not: a choice of anything. Nothing is corrected here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import msgspec
 
@@ -72,8 +73,7 @@ def migrate(state: CoreState, planned: PlannedMigrate) -> list[Migrate]:
     out = []
     for first in range(0, num_pages, move_pages):
         moves = _take_moves(state, msgspec.structs.replace(rehome, pages=min(move_pages, num_pages - first)), 0)
-        for move in moves:
-            state.ledger.move(move)
+        state.ledger.move(moves)
         step = state.open_step(pair, (), (request.id,))
         out.append(Migrate(step, pair, moves))
     return out
@@ -150,8 +150,7 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
     # All pages are taken before any moved page is released: within one program a page is either read or written.
     moves = _rehome_moves(state, planned.rehome)
     homes = [share.instance for share in planned.keep for _ in range(share.pages)]
-    pages = [state.ledger.reserve(share.instance, share.pages) for share in planned.keep]
-    pages = [page for taken in pages for page in taken]
+    pages = [page for share in planned.keep for page in state.ledger.reserve(share.instance, share.pages)]
     rows, samples, first = [], [], 0
     for request, row, pieces in zip(requests, planned.rows, units, strict=True):
         last = first + len(pieces)
@@ -161,8 +160,7 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
             request.issued += 1
             request.sampled_on = instances
         first = last
-    for move in moves:
-        state.ledger.move(move)
+    state.ledger.move(moves)
     scored = tuple((row.request, row.runs) for row in rows) if planned.score else ()
     step = state.open_step(instances, tuple(samples), tuple(r.id for r in requests), is_prefill=True, scored=scored)
     return RunPrefill(step, instances, bucket, planned.form, tuple(rows), moves, planned.score)
@@ -178,8 +176,11 @@ def _prefill_row(
 ) -> PrefillRow:
     if request.slot == NO_SLOT:
         _start(state, request)
-    for unit, home, page in zip(units, homes, pages, strict=True):
-        state.ledger.commit(request.id, home, page, unit)
+    first = 0
+    for home, same in groupby(homes):
+        end = first + len(list(same))
+        state.ledger.commit(request.id, home, pages[first:end], units[first:end])
+        first = end
     emit = runs[-1].end == request.known
     request.last_master = homes[-1]
     request.holes = tuple(_subtract(request.holes, runs))

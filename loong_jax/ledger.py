@@ -10,7 +10,8 @@ with one owner is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from loong_jax.config import ClusterConfig
@@ -73,18 +74,25 @@ class Ledger:
         free = self._free[instance]
         if not (num_pages <= len(free)):
             raise InvariantError(f"INV-4: instance {instance} has {len(free)} free pages, {num_pages} wanted")
-        pages = [free.pop() for _ in range(num_pages)]
+        pages = free[: -num_pages - 1 : -1]  # from the end
+        del free[len(free) - num_pages :]
+        owners = self._owners[instance]
         for page in pages:
-            self._owners[instance][page] = 1
+            owners[page] = 1
         return pages
 
-    def commit(self, request: int, instance: int, page: int, run: Run) -> None:
-        """`run` of `request` has its home in `page`, which was reserved."""
-        if not (self._owners[instance][page] == 1):
-            raise InvariantError(f"INV-5: page {page} of instance {instance} is not reserved")
-        self.table.put(request, instance, page, run)
-        self._count(request, instance, run.count)
-        self._entries[instance] += 1
+    def commit(self, request: int, instance: int, pages: Sequence[int], runs: Sequence[Run]) -> None:
+        """Each of `runs` of `request`, ascending, has its home in one of `pages`, which were reserved."""
+        self._check_reserved(instance, pages)
+        self.table.add(request, instance, pages, runs)
+        self._count(request, instance, sum([run.count for run in runs]))
+        self._entries[instance] += len(pages)
+
+    def _check_reserved(self, instance: int, pages: Iterable[int]) -> None:
+        owners = self._owners[instance]
+        for page in pages:
+            if owners[page] != 1:
+                raise InvariantError(f"INV-5: page {page} of instance {instance} is not reserved")
 
     def extend(self, request: int, instance: int, position: int) -> tuple[int, Run]:
         """Home of the next token at `position` on `instance`: the open page if it is there, else a new page."""
@@ -101,24 +109,25 @@ class Ledger:
                 return last.page, Run(last.first, last.count + 1)
         (page,) = self.reserve(instance, 1)
         run = Run(position, 1)
-        self.commit(request, instance, page, run)
+        self.commit(request, instance, (page,), (run,))
         return page, run
 
-    def move(self, move: PageMove) -> None:
-        """`move.dst_page` was reserved; the source page loses this owner."""
-        if not (self._owners[move.dst][move.dst_page] == 1):
-            raise InvariantError(f"INV-5: page {move.dst_page} of {move.dst} is not reserved")
-        self.table.move(move)
-        self._count(move.request, move.src, -move.run.count)
-        self._count(move.request, move.dst, move.run.count)
-        self._entries[move.dst] += 1
-        self._release(move.src, move.src_page)
+    def move(self, moves: Sequence[PageMove]) -> None:
+        """Each `dst_page` was reserved; the source pages lose this owner."""
+        for (request, src, dst), several in groupby(moves, lambda move: (move.request, move.src, move.dst)):
+            part = list(several)
+            self._check_reserved(dst, [move.dst_page for move in part])
+            self.table.move(part)
+            num_tokens = sum([move.run.count for move in part])
+            self._count(request, src, -num_tokens)
+            self._count(request, dst, num_tokens)
+            self._entries[dst] += len(part)
+            self._release((src, move.src_page) for move in part)
 
     def free(self, request: int, instances: Iterable[int]) -> None:
         """Drop all KV of `request` on `instances`."""
         instances = list(instances)
-        for instance, page in self.table.drop(request, instances):
-            self._release(instance, page)
+        self._release(self.table.drop(request, instances))
         held = self._tokens.get(request, {})
         for instance in instances:
             held.pop(instance, None)
@@ -128,8 +137,7 @@ class Ledger:
 
     def truncate(self, request: int, kv_len: int) -> None:
         """Drop KV at positions from `kv_len` on."""
-        for instance, page in self.table.truncate(request, kv_len):
-            self._release(instance, page)
+        self._release(self.table.truncate(request, kv_len))
         self._recount(request)
 
     def slide(self, request: int, start: int) -> int:
@@ -137,8 +145,7 @@ class Ledger:
         dropped, end = self.table.slide(request, start)
         if not dropped:
             raise InvariantError(f"INV-5: no page of request {request} ends by {start}")
-        for instance, page in dropped:
-            self._release(instance, page)
+        self._release(dropped)
         self._recount(request)
         return end
 
@@ -167,7 +174,7 @@ class Ledger:
                 if run.end == kv_len and run.count < self.page_tokens:
                     if instance in copy_on and self._free[instance]:
                         (page,) = self.reserve(instance, 1)
-                        self.commit(child, instance, page, run)
+                        self.commit(child, instance, (page,), (run,))
                         copied = (instance, entry.page, page, run)
                     continue
                 shared.append((instance, entry.page, run))
@@ -187,14 +194,18 @@ class Ledger:
         if before == 0 or before + tokens == 0:
             self.changes += 1
 
-    def _release(self, instance: int, page: int) -> None:
-        owners = self._owners[instance]
-        if not (owners[page] > 0):
-            raise InvariantError(f"INV-4: page {page} of instance {instance} is already free")
-        owners[page] -= 1
-        self._entries[instance] -= 1
-        if owners[page] == 0:
-            self._free[instance].append(page)
+    def _release(self, pages: Iterable[tuple[int, int]]) -> None:
+        """Each (instance, page) loses an owner."""
+        all_owners, entries, free = self._owners, self._entries, self._free
+        for instance, page in pages:
+            owners = all_owners[instance]
+            left = owners[page] - 1
+            if left < 0:
+                raise InvariantError(f"INV-4: page {page} of instance {instance} is already free")
+            owners[page] = left
+            entries[instance] -= 1
+            if left == 0:
+                free[instance].append(page)
 
     # ---- invariants
 

@@ -7,8 +7,8 @@ What it is not: an allocator. Who may take, share or write a page is `ledger.py`
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from loong_jax.types import PageMove, Run
@@ -65,16 +65,34 @@ class RunTable:
         else:
             entries.insert(index, entry)
 
-    def move(self, move: PageMove) -> None:
-        """The page leaves `src` for `dst`."""
-        homes = self._requests[move.request]
-        entries = homes[move.src]
-        index = bisect_left(entries, _at(move.run.first))
-        entry = entries.pop(index)
-        assert (entry.page, entry.first, entry.count) == (move.src_page, move.run.first, move.run.count), (entry, move)
+    def add(self, request: int, instance: int, pages: Sequence[int], runs: Sequence[Run]) -> None:
+        """As `put` of each page with its run; the runs are ascending."""
+        entries = self._requests.setdefault(request, {}).setdefault(instance, [])
+        if entries and entries[-1].first >= runs[0].first:
+            for page, run in zip(pages, runs, strict=True):
+                self.put(request, instance, page, run)
+        else:
+            entries += [PageRun(run.first, page, run.count) for page, run in zip(pages, runs, strict=True)]
+
+    def move(self, moves: Sequence[PageMove]) -> None:
+        """The pages, all of one request and ascending, leave one `src` for one `dst`."""
+        first = moves[0]
+        homes = self._requests[first.request]
+        entries = homes[first.src]
+        moved = [PageRun(move.run.first, move.src_page, move.run.count) for move in moves]
+        index = bisect_left(entries, moved[0])
+        if entries[index : index + len(moved)] == moved:  # mostly they lie one after the other
+            del entries[index : index + len(moved)]
+        else:
+            for entry in moved:
+                index = bisect_left(entries, entry)
+                assert entries[index] == entry, (entries[index], entry)
+                del entries[index]
         if not entries:
-            del homes[move.src]
-        insort(homes.setdefault(move.dst, []), PageRun(entry.first, move.dst_page, entry.count))
+            del homes[first.src]
+        target = homes.setdefault(first.dst, [])
+        target += [PageRun(move.run.first, move.dst_page, move.run.count) for move in moves]
+        target.sort()  # two ascending parts: linear
 
     def share(self, parent: int, child: int, shared: Iterable[tuple[int, int, Run]]) -> None:
         """`child` gets these pages (instance, page, run) of `parent` too; its runs may be shorter than the parent's."""

@@ -93,10 +93,11 @@ def _release_before_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
             state.ledger._free[move.src].append(move.src_page)
         return moves
 
-    def move(self: Ledger, move: PageMove) -> None:
-        if move.src_page in self._free[move.src]:
-            self._free[move.src].remove(move.src_page)
-        ledger_move(self, move)
+    def move(self: Ledger, moves: tuple[PageMove, ...]) -> None:
+        for one in moves:
+            if one.src_page in self._free[one.src]:
+                self._free[one.src].remove(one.src_page)
+        ledger_move(self, moves)
 
     rehome_moves, ledger_move = issue._rehome_moves, Ledger.move
     monkeypatch.setattr(issue, "_rehome_moves", moves_first)

@@ -25,9 +25,8 @@ def fill(ledger: Ledger, request: int, instance: int, first: int, count: int) ->
     """New KV in whole pages."""
     page_tokens = ledger.page_tokens
     pages = ledger.reserve(instance, -(-count // page_tokens))
-    for index, page in enumerate(pages):
-        at = first + index * page_tokens
-        ledger.commit(request, instance, page, Run(at, min(page_tokens, first + count - at)))
+    starts = range(first, first + count, page_tokens)
+    ledger.commit(request, instance, pages, [Run(at, min(page_tokens, first + count - at)) for at in starts])
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -50,11 +49,17 @@ def test_random_use(seed: int) -> None:
             assert ledger.owners(instance, page) == 1, "INV-5: a shared page was written"
             assert run.end == ends[request]
         elif action == "move" and ledger.table.pages(request, instance):
-            entry = rng.choice(ledger.table.pages(request, instance))
+            entries = ledger.table.pages(request, instance)
+            first = rng.randrange(len(entries))
             dst = (instance + 1) % 3
-            if ledger.free_pages(dst):
-                (page,) = ledger.reserve(dst, 1)
-                ledger.move(PageMove(request, instance, entry.page, dst, page, Run(entry.first, entry.count)))
+            some = entries[first : first + min(rng.randint(1, 3), ledger.free_pages(dst))]
+            pages = ledger.reserve(dst, len(some))
+            ledger.move(
+                [
+                    PageMove(request, instance, entry.page, dst, page, Run(entry.first, entry.count))
+                    for entry, page in zip(some, pages, strict=True)
+                ]
+            )
         elif action == "fork":
             kv_len = rng.randint(1, ends[request])
             copy_on = frozenset(rng.sample(range(3), rng.randint(0, 3)))

@@ -44,10 +44,14 @@ def test_against_positions(seed: int) -> None:
         action = rng.choice(("put", "put", "put", "grow", "move", "share", "truncate", "slide", "drop"))
         if action == "put":
             run = Run(rng.randrange(60), rng.randint(1, 4))
-            if not any((request, p) in model.homes for p in range(run.first, run.end)):
-                table.put(request, instance, next_page, run)
-                model.put(request, instance, next_page, run)
-                next_page += 1
+            after = Run(run.end + rng.randrange(3), 2)
+            runs = [r for r in (run, after) if not any((request, p) in model.homes for p in range(r.first, r.end))]
+            if runs:
+                pages = list(range(next_page, next_page + len(runs)))
+                table.add(request, instance, pages, runs)
+                for page, new in zip(pages, runs, strict=True):
+                    model.put(request, instance, page, new)
+                next_page += len(runs)
         elif action == "grow":
             pages = table.pages(request, instance)
             if pages and (request, pages[-1].end) not in model.homes:
@@ -56,12 +60,16 @@ def test_against_positions(seed: int) -> None:
                 table.put(request, instance, page, run)
                 model.put(request, instance, page, run)
         elif action == "move" and table.pages(request, instance):
-            entry = rng.choice(table.pages(request, instance))
+            entries = table.pages(request, instance)
+            first = rng.randrange(len(entries))
             dst = rng.choice([i for i in range(3) if i != instance])
-            run = Run(entry.first, entry.count)
-            table.move(PageMove(request, instance, entry.page, dst, next_page, run))
-            model.put(request, dst, next_page, run)
-            next_page += 1
+            moves = []
+            for entry in entries[first : first + rng.randint(1, 3)]:
+                run = Run(entry.first, entry.count)
+                moves.append(PageMove(request, instance, entry.page, dst, next_page, run))
+                model.put(request, dst, next_page, run)
+                next_page += 1
+            table.move(moves)
         elif action == "share":
             child = 3 + rng.randrange(3)
             if not table.instances(child):

@@ -353,7 +353,7 @@ class MockExecutor:
                 self._table.put(row.request, home, page, unit)
         for move in command.moves:
             require({move.src, move.dst} <= set(command.instances), "move outside the group", move)
-            self._table.move(move)
+            self._table.move((move,))
             self._release((move.src, move.src_page), move.request)
             self.moved_pages += 1
         return context
@@ -375,7 +375,7 @@ class MockExecutor:
     def _move(self, move: PageMove, instances: tuple[int, ...]) -> None:
         require({move.src, move.dst} == set(instances), "move outside the pair", move)
         self._own(move.dst, move.dst_page, move.request)
-        self._table.move(move)
+        self._table.move((move,))
         self._release((move.src, move.src_page), move.request)
         self.moved_pages += 1
 
