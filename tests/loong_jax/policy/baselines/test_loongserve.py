@@ -64,9 +64,9 @@ def test_all_batches_decode_in_lock_step() -> None:
 
 
 def test_decodes_are_packed_to_make_an_instance_free() -> None:
-    """Both hold a few pages; a prompt of fifteen fits an instance, if one is emptied."""
+    """Both hold a few pages; a prompt of fourteen fits an instance, if one is emptied."""
     run = two_batches()
-    run.arrive(60, 2)
+    run.arrive(56, 2)
     run.finish()
     steps = [c for c in run.commands if isinstance(c, Migrate | RunPrefill)]
     assert isinstance(steps[-2], Migrate)
