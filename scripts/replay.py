@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loong_jax import __version__, codec
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.fitted import FittedCost
 from loong_jax.eventlog import EventLogError, LogFrame, read_event_log
 from loong_jax.issue import PlanError
 from loong_jax.ledger import InvariantError
@@ -31,7 +31,7 @@ def replay(path: Path, *, describe: bool) -> int:
     if header.policy not in POLICIES:
         raise EventLogError(f"{path}: policy {header.policy!r} is not one of {', '.join(POLICIES)}")
     policy = POLICIES[header.policy](header.cluster, header.limits)
-    manager = Manager(header.cluster, header.limits, policy, LinearCost(header.coefficients))
+    manager = Manager(header.cluster, header.limits, policy, FittedCost(header.coefficients, header.cluster.ladder))
     num_events = num_commands = 0
     for frame in frames:
         try:

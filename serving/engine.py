@@ -16,7 +16,8 @@ import msgspec
 
 import loong_jax
 from loong_jax.config import ClusterConfig, ConfigError, LimitsConfig, ModelConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.fitted import FittedCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.eventlog import EventLogWriter, LogHeader
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
@@ -37,7 +38,8 @@ Progress = Callable[[int, int], None]
 
 class EngineConfig(msgspec.Struct, frozen=True):
     """All that the processes of one engine must agree on. `dtype` None: the checkpoint's. With several processes,
-    `coordinator` is the address of jax.distributed, and instances are dealt to processes in order, evenly."""
+    `coordinator` is the address of jax.distributed, and instances are dealt to processes in order, evenly. `cost`: the
+    coefficients of the cost model; empty: those of an engine that nobody has profiled."""
 
     cluster: ClusterConfig
     limits: LimitsConfig
@@ -46,6 +48,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     full_warm_up: bool = False
     num_processes: int = 1
     coordinator: str | None = None
+    cost: dict[str, float] = {}
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -99,7 +102,7 @@ class Engine:
         on_ready: Callable[[], None],
         on_crash: Callable[[str], None],
     ) -> None:
-        cluster, limits, cost = config.cluster, config.limits, LinearCost()
+        cluster, limits, cost = config.cluster, config.limits, cost_of(config)
         log = None
         if event_log is not None:
             header = LogHeader(loong_jax.__version__, cluster, limits, config.policy, dict(cost.coefficients))
@@ -138,6 +141,12 @@ def read_model(directory: Path, dtype: str | None) -> ModelConfig:
 
     model = read_config(directory)
     return model if dtype is None else msgspec.structs.replace(model, dtype=dtype)
+
+
+def cost_of(config: EngineConfig) -> FittedCost:
+    """The cost model that the engine starts with."""
+    ladder = config.cluster.ladder
+    return FittedCost(config.cost, ladder) if config.cost else unmeasured(ladder)
 
 
 def kv_token_bytes(model: ModelConfig) -> int:

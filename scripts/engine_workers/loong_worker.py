@@ -17,7 +17,7 @@ import jax
 import msgspec
 
 from loong_jax.config import ClusterConfig, LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.esp.groups import Devices
 from loong_jax.esp.steps import StepBuilder
 from loong_jax.executor import Executor
@@ -45,7 +45,7 @@ class Engine:
         self._programs = Programs(builder.build, devices.mesh, None, self._inbox.put, "bench")
         self._executor = Executor(builder, devices, weights, self._programs, self._inbox.put)
         self._policy = SimpleElastic(self._cluster, self._limits)
-        self._manager = Manager(self._cluster, self._limits, self._policy, LinearCost())
+        self._manager = Manager(self._cluster, self._limits, self._policy, unmeasured())
         self._num_requests = 0
         self._warm_up(num_instances)
 

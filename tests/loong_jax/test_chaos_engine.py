@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager
 from loong_jax.policy.simple_elastic import SimpleElastic
 from loong_jax.types import Arrived, Emit, Finish, ProgramReady, Sampling
@@ -46,7 +46,7 @@ def run_schedule(plane: DataPlane, seed: int) -> list[Verdict]:
         config = config._replace(p_adjust=0.7, p_top=0.4, p_score=0.4, p_fork=0.1)
 
     def manager() -> Manager:
-        return Manager(cluster, limits, ChaosPolicy(cluster, limits, seed), LinearCost())
+        return Manager(cluster, limits, ChaosPolicy(cluster, limits, seed), unmeasured())
 
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     executor = LossyExecutor(plane, inbox.put)
@@ -102,7 +102,7 @@ def test_a_context_far_beyond_the_pool():
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     executor = plane.executor(inbox.put)
     limits = LimitsConfig(chunk_tokens=64)
-    manager = Manager(plane.cluster, limits, SimpleElastic(plane.cluster, limits), LinearCost())
+    manager = Manager(plane.cluster, limits, SimpleElastic(plane.cluster, limits), unmeasured())
     for program, instances in arcs(plane.cluster):
         manager.handle(ProgramReady(program, instances), 0)
     prompt = array("i", [3 + (i * i + i // 7) % (plane.model.vocab_size - 3) for i in range(360)])

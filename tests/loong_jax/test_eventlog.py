@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.fitted import FittedCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.eventlog import EventLogError, EventLogWriter, LogHeader, read_event_log
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
@@ -33,16 +34,18 @@ CLUSTER = ClusterConfig(
     num_instances=2, page_tokens=4, pages_per_instance=16, ring_tokens=16, query_tile_tokens=16, slots=4,
     ladder=LadderConfig(dops=(1, 2), prefill_tokens=(16,), decode_rows=(4,)),
 )  # fmt: skip
-HEADER = LogHeader("0.1.0", CLUSTER, LimitsConfig(), "simple_elastic", {"prefill_base_s": 0.001})
+HEADER = LogHeader(
+    "0.1.0", CLUSTER, LimitsConfig(), "simple_elastic", dict(unmeasured(prefill_base_s=0.001).coefficients)
+)
 
 
 def write_log(path: Path, tamper: int | None = None) -> list[tuple[int, AnyEvent]]:
     """A log of a short run. `tamper`: index of an event whose commands are not written down as they were."""
-    cost = LinearCost(HEADER.coefficients)
+    cost = FittedCost(HEADER.coefficients, CLUSTER.ladder)
     manager = Manager(CLUSTER, HEADER.limits, POLICIES[HEADER.policy](CLUSTER, HEADER.limits), cost)
     writer = EventLogWriter(path, HEADER)
     pending: list[AnyEvent] = [ProgramReady(program, instances) for program, instances in arcs(CLUSTER)]
-    pending += [CostUpdated({"decode_row_s": 0.5, "decode_base_s": 0.25})]
+    pending += [CostUpdated({"decode_master_row_s.1": 0.5, "decode_base_s.1": 0.25})]
     pending += [Arrived(r, array("i", range(1, 11)).tobytes(), 3) for r in range(3)]
     events: list[tuple[int, AnyEvent]] = []
     while pending:

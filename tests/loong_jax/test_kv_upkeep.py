@@ -8,7 +8,7 @@ import pytest
 
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
 from loong_jax.core_state import CoreState
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.forks import start_or_hold
 from loong_jax.kv_upkeep import lose, settle, slide
 from loong_jax.manager import Manager
@@ -125,7 +125,7 @@ def test_a_context_far_beyond_the_pool() -> None:
     inbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
     executor = MockExecutor(CLUSTER, inbox.put, random.Random(0))
     limits = LimitsConfig(chunk_tokens=32)
-    manager = Manager(CLUSTER, limits, SimpleElastic(CLUSTER, limits), LinearCost())
+    manager = Manager(CLUSTER, limits, SimpleElastic(CLUSTER, limits), unmeasured())
     prompt = array("i", [i * i % 97 for i in range(200)])
     for program, instances in arcs(CLUSTER):
         inbox.put(ProgramReady(program, instances))

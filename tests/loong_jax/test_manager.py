@@ -419,8 +419,8 @@ def test_prepare_is_asked_once(bench: Bench) -> None:
 
 def test_cost_update_replaces_coefficients(bench: Bench) -> None:
     before = dict(bench.manager.cost.coefficients)
-    bench.handle(CostUpdated({"decode_row_s": 9.0}))
-    assert dict(bench.manager.cost.coefficients) == {**before, "decode_row_s": 9.0}
+    bench.handle(CostUpdated({"decode_row_s.1": 9.0}))
+    assert dict(bench.manager.cost.coefficients) == {**before, "decode_row_s.1": 9.0}
 
 
 def test_reservations_end(bench: Bench) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from loong_jax.config import LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager
 from loong_jax.policy.simple_elastic import SimpleElastic
 from loong_jax.types import AnyCommand, CopyPages, Migrate, Phase, Reset, RunDecode, RunPrefill
@@ -85,7 +85,7 @@ def run_steps(plane: DataPlane, num_steps: int) -> Tally:
                 p_fork=0.2, p_fail=0.005, p_lose=0.0,
             )  # fmt: skip
             controls = Controls(None, lossy.fail, None, lossy.steps_in_flight)
-            manager = Manager(cluster, limits, policy, LinearCost())
+            manager = Manager(cluster, limits, policy, unmeasured())
             Schedule(manager, CountingExecutor(lossy, tally), inbox, config, rng, controls, ready).run()
             seed += 1
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from loong_jax.config import LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.esp.layout import prefill_layout
 from loong_jax.manager import Manager
 from loong_jax.policy.simple_elastic import SimpleElastic
@@ -44,7 +44,7 @@ EVERYONE = tuple(range(8))
 CHUNK_TOKENS, NUM_CHUNKS, NUM_TOKENS = 256, 16, 6
 LIMITS = LimitsConfig(chunk_tokens=CHUNK_TOKENS)
 # Large groups pay at once, and context circulates: like with like.
-COST = LinearCost({"prefill_hop_s": 0.0, "gather_token_s": 1.0})
+COST = unmeasured(prefill_hop_s=0.0, gather_token_s=1.0)
 PREFILL = Program(Phase.PREFILL, 8, 64)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from loong_jax import codec
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.fitted import FittedCost
 from loong_jax.eventlog import read_event_log
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
@@ -106,7 +106,7 @@ def commands_of(log: Path) -> list[AnyCommand]:
     """The leader's commands, by replay of its log."""
     header, frames = read_event_log(log)
     policy = POLICIES[header.policy](header.cluster, header.limits)
-    manager = Manager(header.cluster, header.limits, policy, LinearCost(header.coefficients))
+    manager = Manager(header.cluster, header.limits, policy, FittedCost(header.coefficients, header.cluster.ladder))
     out: list[AnyCommand] = []
     for frame in frames:
         commands = manager.handle(frame.event, frame.now_us)

@@ -6,7 +6,7 @@ from array import array
 
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
 from loong_jax.cost import CostModel
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.invariants import check_state
 from loong_jax.manager import Manager
 from loong_jax.types import (
@@ -59,7 +59,7 @@ class Bench:
 
     def __init__(self, cluster: ClusterConfig = CLUSTER, limits: LimitsConfig = LimitsConfig()) -> None:  # noqa: B008
         self.policy = Scripted()
-        self.manager = Manager(cluster, limits, self.policy, LinearCost())
+        self.manager = Manager(cluster, limits, self.policy, unmeasured())
         self.now_us = 0
         for program, instances in arcs(cluster):
             self.handle(ProgramReady(program, instances))

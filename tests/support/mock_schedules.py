@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager, Policy
 from loong_jax.types import Phase, Program
 from tests.support.mock_executor import MockExecutor, check_reports, oracle
@@ -85,7 +85,7 @@ def run_schedule(
 
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     executor = MockExecutor(cluster, inbox.put, rng)
-    manager = Manager(cluster, limits, policy(), LinearCost())
+    manager = Manager(cluster, limits, policy(), unmeasured())
     controls = Controls(executor.advance, executor.fail, executor.lose, lambda: executor.steps_in_flight)
     # Faults in a third of the schedules only: they hide what an undisturbed run shows.
     config = ScheduleConfig(max_prompt=rng.choice((10, 40, 90)), p_fork=rng.choice((0.0, 0.02, 0.15)))
@@ -96,5 +96,5 @@ def run_schedule(
         window = cluster.kv_window
         check_outcome(outcome, partial(oracle, window=window))
         check_reports(outcome.history, outcome.tokens, outcome.tops, outcome.scores, outcome.num_prompt_top, window)
-    replay(run, Manager(cluster, limits, policy(), LinearCost()))
+    replay(run, Manager(cluster, limits, policy(), unmeasured()))
     return run

@@ -8,7 +8,8 @@ from array import array
 from collections.abc import Sequence
 
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost import CostModel
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
 from loong_jax.types import AnyCommand, AnyEvent, Arrived, Emit, Finish, Program, ProgramReady, Reject, Sampling
@@ -33,13 +34,13 @@ class Served:
         cluster: ClusterConfig,
         limits: LimitsConfig = LimitsConfig(),  # noqa: B008 (frozen)
         ready: Sequence[tuple[Program, tuple[int, ...]]] | None = None,
-        cost: LinearCost | None = None,
+        cost: CostModel | None = None,
         policy: str = "simple_elastic",
     ) -> None:
         self.inbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
         self.rng = random.Random(0)
         self.executor = MockExecutor(cluster, self.inbox.put, self.rng)
-        self.manager = Manager(cluster, limits, POLICIES[policy](cluster, limits), cost or LinearCost())
+        self.manager = Manager(cluster, limits, POLICIES[policy](cluster, limits), cost or unmeasured())
         self.commands: list[AnyCommand] = []
         self.prompts: dict[int, tuple[array[int], int]] = {}
         self.tokens: dict[int, list[int]] = {}

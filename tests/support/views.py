@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import ReadyGroups
 from loong_jax.types import NEVER, InstanceView, Phase, Program, Record, Resident, Run, Target
@@ -120,4 +120,4 @@ def draft(
     config = cluster(len(instances), dops)
     programs = frozenset(arcs(config) if ready is None else ready)
     view = SeenView(PAGE_TOKENS, tuple(instances), tuple(requests), ready=programs)
-    return Draft(config, LIMITS, ReadyGroups(programs), view, LinearCost())
+    return Draft(config, LIMITS, ReadyGroups(programs), view, unmeasured())

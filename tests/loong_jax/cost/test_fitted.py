@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import random
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loong_jax.config import LadderConfig
 from loong_jax.cost.fitted import GLOBAL, PER_DOP, FittedCost
 from loong_jax.types import ContextForm
 
@@ -81,3 +86,33 @@ def test_what_is_missing_is_named() -> None:
         FittedCost(known)
     with pytest.raises(ValueError, match="no coefficient for any DoP"):
         FittedCost({"migrate_base_s": 0.0, "migrate_token_s": 0.0})
+
+
+def test_on_a_ladder_steps_take_what_their_bucket_takes() -> None:
+    ladder = LadderConfig(dops=(1, 2), prefill_tokens=(16, 64), decode_rows=(4, 8))
+    cost = FittedCost(coefficients(2, prefill_token_s=1.0, decode_master_row_s=1.0), ladder)
+    assert [cost.prefill_s(2, n, 0, 0, RING) for n in (1, 32, 33, 128, 500)] == [32, 32, 128, 128, 500]
+    assert [cost.decode_s(2, 9, n, 0) for n in (1, 4, 5, 9)] == [4, 4, 8, 9]
+    assert cost.updated({"prefill_token_s.2": 2.0}).prefill_s(2, 1, 0, 0, RING) == 64
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5000),
+    st.integers(0, 5000),
+    st.sampled_from(list(ContextForm)),
+    st.integers(1, 64),
+    st.integers(1, 64),
+    st.randoms(use_true_random=False),
+)
+def test_terms_times_coefficients_are_the_prediction(
+    dop: int, new: int, resident: int, form: ContextForm, masters: int, rows: int, rng: random.Random
+) -> None:
+    known = {name: rng.random() for name in coefficients(1, 4)}
+    cost = FittedCost(known, LadderConfig(dops=(1, 2)) if rng.random() < 0.5 else None)
+    pairs = new * (new / 2 + resident)
+    for terms, seconds in (
+        (cost.prefill_terms(dop, new, pairs, resident, form), cost.prefill_s(dop, new, pairs, resident, form)),
+        (cost.decode_terms(dop, rows, -(-rows // masters), new), cost.decode_s(dop, rows, -(-rows // masters), new)),
+    ):
+        assert sum(cost.at(name, dop) * amount for name, amount in terms.items()) == pytest.approx(seconds)

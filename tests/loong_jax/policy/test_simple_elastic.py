@@ -7,7 +7,7 @@ import time
 import pytest
 
 from loong_jax.config import ClusterConfig, LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager
 from loong_jax.policy.simple_elastic import SimpleElastic
 from loong_jax.types import (
@@ -72,7 +72,7 @@ def test_memory_pressure_from_decoding() -> None:
 
 def test_a_long_prompt_scales_up_and_down_without_migration() -> None:
     """Chunks run on many instances; the last one leaves the KV on the fewest that hold it."""
-    free_links = LinearCost(dict.fromkeys(("prefill_base_s", "prefill_hop_s", "ring_token_s", "gather_token_s"), 0.0))
+    free_links = unmeasured(prefill_base_s=0.0, prefill_hop_s=0.0, ring_token_s=0.0, gather_token_s=0.0)
     run = Served(make_cluster(8, pages=32), LimitsConfig(chunk_tokens=32), cost=free_links)
     run.arrive(190, 20)
     run.finish()
@@ -152,7 +152,7 @@ def test_unready_cluster_waits() -> None:
 def test_decode_step_is_cheap() -> None:
     """32 rows on a group of eight: some 0.15 ms of CPU on an idle machine; the bound leaves room for a busy one."""
     cluster = ClusterConfig(num_instances=8, pages_per_instance=8192)
-    manager = Manager(cluster, LimitsConfig(), SimpleElastic(cluster, LimitsConfig()), LinearCost())
+    manager = Manager(cluster, LimitsConfig(), SimpleElastic(cluster, LimitsConfig()), unmeasured())
     pending: list[RunPrefill | RunDecode] = []
 
     def handle(event: AnyEvent) -> None:
