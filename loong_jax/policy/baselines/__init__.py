@@ -16,6 +16,8 @@ from loong_jax.cost import CostModel
 from loong_jax.policy.baselines.disaggregated import Disaggregated
 from loong_jax.policy.baselines.lane import Rules
 from loong_jax.policy.baselines.lanes import LanePolicy, each_alone, least_work, round_robin
+from loong_jax.policy.baselines.loongserve import LoongServe
+from loong_jax.policy.baselines.loongserve_dispatch import PAPER, Constants
 from loong_jax.types import Plan, View
 
 
@@ -77,12 +79,23 @@ def disaggregated_2024(cluster: ClusterConfig, limits: LimitsConfig) -> Baseline
     return Disaggregated(cluster, limits, Rules(batch_tokens=limits.chunk_tokens, depth=1), Rules(depth=1))
 
 
+def loongserve(cluster: ClusterConfig, limits: LimitsConfig) -> Baseline:
+    """LoongServe by the text of its paper: in order of arrival, several batches by the exact programme, rows shared out
+    evenly among masters, decode time by the cost model."""
+    return LoongServe(cluster, limits, PAPER)
+
+
+def loongserve_2024(cluster: ClusterConfig, limits: LimitsConfig) -> Baseline:
+    """LoongServe as released, with the constants and the faults of its experiments."""
+    return LoongServe(cluster, limits, Constants())
+
+
 BASELINES: Mapping[str, Callable[[ClusterConfig, LimitsConfig], Baseline]] = MappingProxyType(
     {
         make.__name__: make
         for make in (
             static_tp, static_tp_2024, chunked, chunked_2024, fixed_sp, fixed_sp_2024, replicas, replicas_2024,
-            disaggregated, disaggregated_2024,
+            disaggregated, disaggregated_2024, loongserve, loongserve_2024,
         )
     }
 )  # fmt: skip

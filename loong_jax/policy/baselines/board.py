@@ -46,6 +46,7 @@ class Board:
         self.queued = [i.queued for i in view.instances]
         self.living = mask_of(i.instance for i in view.instances if i.alive)
         self.prepares: list[PlannedPrepare] = []
+        self.unstarted: set[int] = set()  # requests that need a place to start
         self._ready = ready
 
     def bucket(self, phase: Phase, instances: Instances, size: int) -> int:
