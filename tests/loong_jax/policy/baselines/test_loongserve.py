@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from loong_jax.config import LimitsConfig
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost import CostModel
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.types import Finish, Free, Migrate, RunDecode, RunPrefill
 from tests.support.served import Served, make_cluster
 
 LIMITS = LimitsConfig(decode_headroom_pages=0)
-NO_OVERHEAD = LinearCost({"prefill_base_s": 0.0, "prefill_hop_s": 0.0, "ring_token_s": 0.0})
+NO_OVERHEAD = unmeasured(prefill_base_s=0.0, prefill_hop_s=0.0, ring_token_s=0.0)
 
 
-def served(num_instances: int = 4, pages: int = 64, cost: LinearCost = NO_OVERHEAD, policy: str = "loongserve_2024"):
+def served(num_instances: int = 4, pages: int = 64, cost: CostModel = NO_OVERHEAD, policy: str = "loongserve_2024"):
     return Served(make_cluster(num_instances, pages=pages), LIMITS, cost=cost, policy=policy)
 
 
@@ -39,7 +40,7 @@ def test_a_waiting_request_starts_after_ten_iterations_of_decoding() -> None:
 
 def two_batches() -> Served:
     """By the exact programme, one request on each of two instances, both decoding."""
-    run = served(2, pages=16, cost=LinearCost(), policy="loongserve")
+    run = served(2, pages=16, cost=unmeasured(), policy="loongserve")
     # They come together, behind a first one that keeps the round closed until both wait.
     run.arrive(4, 1)
     for _ in range(2):
@@ -76,7 +77,7 @@ def test_decodes_are_packed_to_make_an_instance_free() -> None:
 
 def test_a_decode_batch_stops_for_a_prompt_that_needs_its_instance() -> None:
     """A hundred tokens need both instances; the row on the first waits until they are through."""
-    run = served(2, pages=16, cost=LinearCost())
+    run = served(2, pages=16, cost=unmeasured())
     run.arrive(8, 40)
     run.step()
     run.arrive(100, 2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost import CostModel
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.policy.baselines.board import Board, Buckets
 from loong_jax.policy.baselines.loongserve_dispatch import Constants, Dispatch
 from tests.support.views import Seen, decoding, draft, instance, prompting
@@ -13,7 +14,7 @@ CONSTANTS = Constants(decode_s=0.01, max_prefill_s=1.0, max_out_of_order=1)
 PATIENT = CONSTANTS._replace(max_prefill_s=1e9)
 
 
-def board(requests=(), free=(16, 16, 16, 16), cost: LinearCost | None = None) -> Board:
+def board(requests=(), free=(16, 16, 16, 16), cost: CostModel | None = None) -> Board:
     made = draft(requests, [instance(i, pages) for i, pages in enumerate(free)])
     return Board(made.cluster, made.limits, Buckets(), made.view, cost or made.cost)
 
@@ -41,7 +42,7 @@ def test_a_request_is_passed_only_while_that_is_allowed() -> None:
 
 def test_no_more_when_the_prompts_take_too_long() -> None:
     """The first is taken however long it takes."""
-    slow = LinearCost({"prefill_token_s": 0.1})  # on four instances 40 tokens take a second
+    slow = unmeasured(prefill_token_s=0.1)  # on four instances 40 tokens take a second
     waiting = [bounded(prompting(k, 40), 4) for k in range(3)]
     assert chosen(waiting, cost=slow) == [0]
     assert chosen(waiting) == [0, 1, 2]
@@ -54,7 +55,7 @@ def test_idle_instances_take_what_loses_no_more_than_decoding_would_last() -> No
     row = bounded(decoding(0, {0: 2}), 8)
 
     def of(token_s: float) -> list[int]:
-        cost = LinearCost({"prefill_token_s": token_s, "prefill_pair_s": 0.0})
+        cost = unmeasured(prefill_token_s=token_s, prefill_pair_s=0.0)
         return chosen([bounded(prompting(1, 120), 4)], [row], free=(14, 16, 16, 16), cost=cost, constants=PATIENT)
 
     assert of(0.1) == [1]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from loong_jax.cost.linear import LinearCost
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.policy.baselines.board import Board, Buckets
 from loong_jax.policy.baselines.loongserve_round import Prompts, Round, split, take_prompts
 from loong_jax.types import Run, Share
 from tests.support.schedules import arcs
 from tests.support.views import Seen, draft, instance, prompting
 
-NO_OVERHEAD = LinearCost({"prefill_base_s": 0.0, "prefill_hop_s": 0.0, "ring_token_s": 0.0})
+NO_OVERHEAD = unmeasured(prefill_base_s=0.0, prefill_hop_s=0.0, ring_token_s=0.0)
 
 
 def board(requests: list[Seen], free: tuple[int, ...] = (16, 16, 16, 16), prefilling: tuple[int, ...] = ()) -> Board:
