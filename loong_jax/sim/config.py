@@ -13,6 +13,7 @@ import msgspec
 from loong_jax.config import ClusterConfig, ConfigError, LadderConfig, LimitsConfig, ladder_for
 from loong_jax.cost import CostModel
 from loong_jax.manager import Policy
+from loong_jax.sim.faults import Faults
 from loong_jax.sim.metrics import Slo, Summary
 from loong_jax.sim.trace import Span
 from loong_jax.sim.workloads import Workload
@@ -42,7 +43,8 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     as long as a program that was asked for takes. `drain_s`: the run ends so long after the last arrival, and what is
     not finished then counts as unfinished. `subsets`: programs are READY on every subset of the instances, else on arcs
     of neighbours as in the live engine. `record`: keep a Span for each step. `check_every`: all invariants after each
-    so many events (0: only those that every event checks itself)."""
+    so many events (0: only those that every event checks itself). `hash_commands`: the event log's hash covers the
+    bytes of all commands. `prompt`: (request, length) to its token ids; zeros by default, as nobody reads them."""
 
     times: StepTimes
     workload: Workload
@@ -56,6 +58,9 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     tick_us: int = 100_000
     prepare_us: int = 100_000
     drain_s: float = 36_000.0
+    faults: Faults | None = None
+    hash_commands: bool = False
+    prompt: Callable[[int, int], bytes] | None = None
     record: bool = False
     check_every: int = 0
     progress: Callable[[int, int], None] | None = None
@@ -85,8 +90,8 @@ class Outcome(msgspec.Struct, gc=False):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """`event_log_hash`: of all events with their times and all commands' effects; equal seeds give equal bytes.
-    `cpu_s`: spent on the whole run; `manager_cpu_s` is not measured apart, so as not to disturb."""
+    """`event_log_hash`: of all events with their times; equal seeds give equal bytes. `faults`: how often each kind
+    happened. `cpu_s`: spent on the whole run, manager, policy and simulator."""
 
     outcomes: list[Outcome]
     summary: Summary
@@ -94,6 +99,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     event_log_hash: str
     num_events: int
     num_steps: int
+    faults: dict[str, int]
     sim_s: float
     cpu_s: float
 

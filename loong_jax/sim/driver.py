@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 
 import msgspec
 
+from loong_jax import codec
 from loong_jax.config import ConfigError
 from loong_jax.device_sets import device_sets, on_sets
 from loong_jax.ledger import InvariantError
@@ -20,8 +22,10 @@ from loong_jax.policy import POLICIES
 from loong_jax.sim.clock import NEVER_US, Timeline
 from loong_jax.sim.config import Outcome, Result, SimConfig
 from loong_jax.sim.executor import STOP, SimExecutor
+from loong_jax.sim.faults import FaultPlan, Ready
 from loong_jax.sim.metrics import summarise
 from loong_jax.types import (
+    Aborted,
     AnyCommand,
     AnyEvent,
     Arrived,
@@ -29,6 +33,8 @@ from loong_jax.types import (
     Emit,
     Finish,
     FinishReason,
+    InstanceJoined,
+    InstanceLost,
     Migrate,
     Phase,
     Prepare,
@@ -36,6 +42,9 @@ from loong_jax.types import (
     Reject,
     RunDecode,
     RunPrefill,
+    StepDone,
+    StepFailed,
+    Stopped,
     Tick,
 )
 
@@ -70,22 +79,31 @@ def make_policy(config: SimConfig) -> Policy:
 
 
 class Simulation:
-    def __init__(self, config: SimConfig) -> None:
+    """`make_executor` makes the simulated machine: tests give one that keeps contents too."""
+
+    def __init__(self, config: SimConfig, make_executor: type[SimExecutor] = SimExecutor) -> None:
         self.config = config
         self.now_us = 0
-        self.timeline: Timeline[int | AnyEvent] = Timeline()  # a number: that step is done
+        self.timeline: Timeline[int | AnyEvent | Callable[[], None]] = Timeline()  # a number: that step is done
         cost = config.cost if config.cost is not None else config.times
         self.manager = Manager(config.cluster, config.limits, make_policy(config), cost)  # type: ignore[arg-type]
-        self.executor = SimExecutor(
+        self.faults = FaultPlan(config.faults) if config.faults is not None else None
+        self.executor = make_executor(
             config.times,
             config.cluster.num_instances,
             self.manager.state.ledger,
             self.timeline.push,
             fused=config.fused,
+            faults=self.faults,
             record=config.record,
         )
         self.outcomes: list[Outcome] = []
+        self._requests = config.workload.requests
+        if self.faults is not None:
+            self._requests = self.faults.storm(self._requests)
         self._arrived = 0
+        self._skew_us = 0  # the manager's clock is that much ahead of the simulation's
+        self._lost: set[int] = set()
         self._open: dict[int, Outcome] = {}
         self._hash = hashlib.blake2b(digest_size=16)
         self._encode = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -93,12 +111,11 @@ class Simulation:
 
     def run(self) -> Result:
         start_s = time.process_time()
-        for program, instances in self._programs():
-            self._take(ProgramReady(program, instances))
-        requests = self.config.workload.requests
+        self._make_ready()
+        requests = self._requests
         end_us = (requests[-1].arrived_us if requests else 0) + round(self.config.drain_s * 1e6)
         while self._open or self._arrived < len(requests):
-            if not self._advance(end_us):
+            if not self.step(end_us):
                 break
         if self.config.progress is not None:
             self.config.progress(len(requests), len(requests))
@@ -109,12 +126,22 @@ class Simulation:
             event_log_hash=self._hash.hexdigest(),
             num_events=self._num_events,
             num_steps=self.executor.num_steps,
+            faults=dict(self.faults.counts) if self.faults is not None else {},
             sim_s=self.now_us * 1e-6,
             cpu_s=time.process_time() - start_s,
         )
 
-    def _programs(self) -> list:
-        """READY from the start: the ladder without the scoring programs, on the sets of the live engine or on all."""
+    def _make_ready(self) -> None:
+        programs = self.programs()
+        if self.faults is not None:
+            programs, later = self.faults.ready(programs)
+            for at_us, (program, instances) in later:
+                self.timeline.push(at_us, ProgramReady(program, instances))
+        for program, instances in programs:
+            self._take(ProgramReady(program, instances))
+
+    def programs(self) -> list[Ready]:
+        """READY unless something delays it: the ladder without scoring, on the sets of the live engine or on all."""
         config = self.config
         n, ladder = config.cluster.num_instances, config.cluster.ladder
         if config.subsets:
@@ -124,9 +151,9 @@ class Simulation:
         programs = [program for program in ladder.programs() if program.phase is not Phase.SCORE]
         return on_sets(programs, sets)
 
-    def _advance(self, end_us: int) -> bool:
+    def step(self, end_us: int = NEVER_US) -> bool:
         """Let the next thing happen; False when the end of the run comes before it."""
-        requests, timeline = self.config.workload.requests, self.timeline
+        requests, timeline = self._requests, self.timeline
         arrival_us = requests[self._arrived].arrived_us if self._arrived < len(requests) else NEVER_US
         next_us = timeline.next_us
         at_us = min(arrival_us, next_us)
@@ -141,40 +168,49 @@ class Simulation:
             self._arrive()
         elif at_us == next_us:
             item = timeline.pop()[1]
-            if type(item) is int:
+            if isinstance(item, int):
                 self._complete(item)
+            elif isinstance(item, AnyEvent):
+                self._take(item)
             else:
-                self._take(item)  # type: ignore[arg-type]
+                item()
         else:
             self._take(Tick())
+        if self.faults is not None:
+            self._inject(self.faults)
         return True
 
     def _may_go_on(self) -> bool:
         """Nothing is under way, yet a tick may move something: a reservation that ends."""
-        return any(r.until_us > self.now_us for r in self.manager.state.reservations.values())
+        now_us = self.now_us + self._skew_us
+        return any(r.until_us > now_us for r in self.manager.state.reservations.values())
 
     def _arrive(self) -> None:
         """The prompt's text does not matter: zeros, which cost nothing before they are read."""
-        number, request = self._arrived, self.config.workload.requests[self._arrived]
+        number, request, prompt = self._arrived, self._requests[self._arrived], self.config.prompt
         self._arrived += 1
         outcome = Outcome(number, request.prompt_len, request.output_len, self.now_us)
         self.outcomes.append(outcome)
         self._open[number] = outcome
         self.executor.stop_at[number] = request.prompt_len + request.output_len - 2
-        self._take(Arrived(number, bytes(4 * request.prompt_len), request.max_tokens, stop_ids=(STOP,)))
+        text = bytes(4 * request.prompt_len) if prompt is None else prompt(number, request.prompt_len)
+        self._take(Arrived(number, text, request.max_tokens, stop_ids=(STOP,)))
 
     def _complete(self, step: int) -> None:
-        done = self.executor.finish(step, self.now_us)
-        self._take(self.executor.sampled(done))
+        event = self.executor.finish(step, self.now_us)
+        if self.faults is None:
+            self._take(event)
+        else:
+            self._deliver(event, self.faults)
 
     def _take(self, event: AnyEvent) -> None:
         now_us = self.now_us
-        self._digest(event)
-        commands = self.manager.handle(event, now_us)
+        commands = self.manager.handle(event, now_us + self._skew_us)
+        self._digest(event, commands)
         for command in commands:
             kind = type(command)
             if kind is Emit:
-                self._emit(command)  # type: ignore[arg-type]
+                self.emit(command)  # type: ignore[arg-type]
             elif kind in _STEPS:
                 self.executor.submit(command)  # type: ignore[arg-type]
             else:
@@ -186,7 +222,12 @@ class Simulation:
         if self.config.progress is not None and self._num_events % PROGRESS_EVENTS == 0:
             self.config.progress(len(self.outcomes) - len(self._open), len(self.config.workload.requests))
 
-    def _emit(self, command: Emit) -> None:
+    def ended(self, outcome: Outcome) -> None:
+        """The text is as long as the sampler meant it to be."""
+        if outcome.status == "finished" and outcome.emitted != outcome.output_len:
+            raise InvariantError(f"INV-11: request {outcome.request} ended after {outcome.emitted} tokens")
+
+    def emit(self, command: Emit) -> None:
         outcome = self._open[command.request]  # KeyError: a token after the end, INV-1
         if command.index != outcome.emitted:
             raise InvariantError(f"INV-11: token {command.index} of request {command.request} after {outcome.emitted}")
@@ -199,16 +240,65 @@ class Simulation:
             outcome = self._open.pop(command.request)  # KeyError: ended twice, INV-1
             outcome.last_us = self.now_us
             outcome.status = _STATUS[command.reason]
-            if outcome.status == "finished" and outcome.emitted != outcome.output_len:
-                raise InvariantError(f"INV-11: request {command.request} ended after {outcome.emitted} tokens")
+            self.ended(outcome)
         elif isinstance(command, Reject):
             self._open.pop(command.request).status = "rejected"
         elif isinstance(command, Prepare):
             ready = ProgramReady(command.program, command.instances)
             self.timeline.push(self.now_us + self.config.prepare_us, ready)
+        else:
+            self.executor.apply(command)
 
-    def _digest(self, event: AnyEvent) -> None:
-        """What was sampled and when follows from the commands, so the events stand for both."""
+    def _digest(self, event: AnyEvent, commands: list[AnyCommand]) -> None:
+        """What was sampled and when follows from the commands, so the events mostly stand for both."""
         if type(event) is Arrived:
             event = msgspec.structs.replace(event, prompt=len(event.prompt).to_bytes(8, "little"))
-        self._hash.update(self._encode((self.now_us, event)))
+        self._hash.update(self._encode((self.now_us + self._skew_us, event)))
+        if self.config.hash_commands:
+            self._hash.update(codec.digest(commands))
+
+    # ---- faults
+
+    def _deliver(self, event: StepDone | StepFailed, faults: FaultPlan) -> None:
+        """The host hears of it now, later, twice, or never; then the watchdog gives up the instances."""
+        delays_us = faults.deliveries()
+        for delay_us in delays_us:
+            if delay_us:
+                self.timeline.push(self.now_us + delay_us, event)
+            else:
+                self._take(event)
+        if not delays_us:
+            self.timeline.push(self.now_us + faults.faults.watchdog_us, lambda: self._give_up(event.step))
+
+    def _give_up(self, step: int) -> None:
+        record = self.manager.state.steps.get(step)
+        if record is not None:
+            self.executor.poison(record.instances)
+            self._take(StepFailed(step, record.instances, "no answer"))
+
+    def _inject(self, faults: FaultPlan) -> None:
+        """What may happen to the world after each event."""
+        self._skew_us += faults.jump_us()
+        if self._open and faults.aborts():
+            self._end_now(Aborted(faults.choose(sorted(self._open))))
+        talking = sorted(request for request, outcome in self._open.items() if outcome.emitted)
+        if talking and faults.stops():
+            outcome = self._open[faults.choose(talking)]
+            outcome.output_len = outcome.emitted  # a stop string was found in what there is
+            self._end_now(Stopped(outcome.request, outcome.emitted))
+        alive = [i for i in range(self.config.cluster.num_instances) if i not in self._lost]
+        if len(alive) > 1 and faults.loses():
+            instance = faults.choose(alive)
+            self._lost.add(instance)
+            self.executor.poison((instance,))
+            self._take(InstanceLost(instance))
+            self.timeline.push(self.now_us + faults.rejoin_us(), lambda: self._rejoin(instance))
+
+    def _end_now(self, event: Aborted | Stopped) -> None:
+        self._take(event)
+        if event.request in self._open:
+            raise InvariantError(f"INV-1: request {event.request} goes on after {type(event).__name__}")
+
+    def _rejoin(self, instance: int) -> None:
+        self._lost.discard(instance)
+        self._take(InstanceJoined(instance))

@@ -5,7 +5,8 @@ its duration is asked of `StepTimes`. With `fused`, a prefill and a decode that 
 together run as one iteration: they start and end together, and the decode adds what it costs beyond an empty one (the
 weights are read once). Sampled tokens are fillers until the request's true end, which only this module and the workload
 know: then comes STOP.
-What it is not: a check of contents (`tests/support/mock_executor.py`), or a breaker of things (`faults.py`).
+A step that fails takes the pools of its group along: steps queued or submitted there fail too, until a Reset.
+What it is not: a check of contents (`tests/support/mock_executor.py`), or the choice of what breaks (`faults.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ from typing import NamedTuple
 
 from loong_jax.ledger import InvariantError, Ledger
 from loong_jax.sim.config import StepTimes
+from loong_jax.sim.faults import FaultPlan
 from loong_jax.sim.trace import Span
-from loong_jax.types import CopyPages, Migrate, Phase, RunDecode, RunPrefill, StepCommand, StepDone
+from loong_jax.types import (
+    AnyCommand,
+    CopyPages,
+    Migrate,
+    Phase,
+    Reset,
+    RunDecode,
+    RunPrefill,
+    StepCommand,
+    StepDone,
+    StepFailed,
+)
 
 FILLER, STOP = 1, 2
 """Token ids: anything, and the end of a text."""
@@ -44,15 +57,16 @@ class SimExecutor:
         schedule: Callable[[int, int], None],
         *,
         fused: bool = False,
-        stretch: Callable[[int, float], float] | None = None,
+        faults: FaultPlan | None = None,
         record: bool = False,
     ) -> None:
-        """`stretch(step, seconds)`: the seconds it really takes."""
         self.stop_at: dict[int, int] = {}
         self.spans: list[Span] = []
         self.num_steps = 0
         self._times, self._ledger, self._schedule, self._fused, self._record = times, ledger, schedule, fused, record
-        self._stretch = stretch
+        self._faults = faults
+        self._failing: set[int] = set()
+        self._poisoned: set[int] = set()  # instances whose pool is lost
         self._queues: list[deque[int]] = [deque() for _ in range(num_instances)]
         self._in_flight: dict[int, InFlight] = {}
         self._started: set[int] = set()
@@ -61,9 +75,6 @@ class SimExecutor:
     @property
     def steps_in_flight(self) -> list[int]:
         return list(self._in_flight)
-
-    def instances_of(self, step: int) -> tuple[int, ...]:
-        return self._in_flight[step].instances
 
     # ---- commands
 
@@ -85,17 +96,29 @@ class SimExecutor:
             self._try_start(step, now_us)
         self._fresh.clear()
 
-    def finish(self, step: int, now_us: int) -> InFlight:
-        """The step leaves its devices, and what waited behind it starts."""
+    def apply(self, command: AnyCommand) -> None:
+        """A command that is no step."""
+        if isinstance(command, Reset):
+            if any(self._queues[instance] for instance in command.instances):
+                raise InvariantError(f"INV-6: reset of instances with steps in flight: {command.instances}")
+            self._poisoned.difference_update(command.instances)
+
+    def poison(self, instances: Iterable[int]) -> None:
+        """Their pools are gone: whatever runs there fails, until they are reset."""
+        self._poisoned.update(instances)
+
+    def finish(self, step: int, now_us: int) -> StepDone | StepFailed:
+        """The step leaves its devices, and what waited behind it starts. Returns what the host will hear."""
         done = self._in_flight.pop(step)
         self._started.discard(step)
+        event = self.answer(step, done)
         for instance in done.instances:
             self._queues[instance].remove(step)
         for instance in done.instances:
             queue = self._queues[instance]
             if queue:
                 self._try_start(queue[0], now_us)
-        return done
+        return event
 
     def _try_start(self, step: int, now_us: int) -> None:
         waiting = self._in_flight.get(step)
@@ -106,13 +129,11 @@ class SimExecutor:
             return
         partner = self._partner(waiting, queues) if self._fused else None
         if partner is None:
-            self._start(step, waiting, waiting.seconds, now_us)
+            self._start((waiting,), waiting.seconds, now_us)
             return
         other = self._in_flight[partner]
         prefill, decode = (waiting, other) if isinstance(waiting.command, RunPrefill) else (other, waiting)
-        seconds = prefill.seconds + decode.decode_extra_s
-        self._start(step, waiting, seconds, now_us)
-        self._start(partner, other, seconds, now_us)
+        self._start((waiting, other), prefill.seconds + decode.decode_extra_s, now_us)
 
     def _partner(self, first: InFlight, queues: list[deque[int]]) -> int | None:
         """The step behind `first`, if it can run with it: on the same instances, of the other phase, and on other
@@ -128,15 +149,19 @@ class SimExecutor:
         requests = [{row.request for row in command.rows} for command in commands]  # type: ignore[union-attr]
         return step if requests[0].isdisjoint(requests[1]) else None
 
-    def _start(self, step: int, waiting: InFlight, seconds: float, now_us: int) -> None:
-        if self._stretch is not None:
-            seconds = self._stretch(step, seconds)
+    def _start(self, together: tuple[InFlight, ...], seconds: float, now_us: int) -> None:
+        if self._faults is not None:
+            seconds = self._faults.stretch(seconds)
         done_us = now_us + max(1, round(seconds * 1e6))
-        self._started.add(step)
-        self.num_steps += 1
-        if self._record:
-            self.spans.append(_span(waiting, now_us, done_us))
-        self._schedule(done_us, step)
+        for step in together:
+            number = step.command.step
+            if self._faults is not None and self._faults.fails():
+                self._failing.add(number)
+            self._started.add(number)
+            self.num_steps += 1
+            if self._record:
+                self.spans.append(_span(step, now_us, done_us))
+            self._schedule(done_us, number)
 
     # ---- durations
 
@@ -176,8 +201,12 @@ class SimExecutor:
 
     # ---- samples
 
-    def sampled(self, done: InFlight) -> StepDone:
+    def answer(self, step: int, done: InFlight) -> StepDone | StepFailed:
         """What the step tells the host."""
+        if step in self._failing or not self._poisoned.isdisjoint(done.instances):
+            self._failing.discard(step)
+            self._poisoned.update(done.instances)
+            return StepFailed(step, done.instances, "injected")
         command, stop_at = done.command, self.stop_at
         if type(command) is RunDecode:
             tokens = tuple([STOP if row.position >= stop_at[row.request] else FILLER for row in command.rows])

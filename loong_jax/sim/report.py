@@ -19,7 +19,7 @@ def report(
     result: Result, *, policy: str, workload: Workload, seed: int, bounds: tuple[float, float]
 ) -> dict[str, Any]:
     """`bound_share`: requests per second that met the SLO, as a share of the fluid bound (`bounds`: of
-    `setups.bounds_of`). Under `requests`, one column for each field, times in seconds; -1 where there is no such time."""
+    `setups.bounds_of`). Under `requests`, one column for each field, times in seconds (-1: there is none)."""
     done = [o for o in result.outcomes if o.status == "finished"]
     return {
         "policy": policy,

@@ -288,7 +288,7 @@ class MockExecutor:
         ]
         require(bool(heads) or bool(self._late) or not self._pending, "queues are in deadlock")
         if heads and (not self._late or self._rng.random() < 0.7):
-            self._late.append(self._run(self._rng.choice(heads)))
+            self._late.append(self.run(self._rng.choice(heads)))
         if self._late and (not self._pending or self._rng.random() < 0.7):
             self._post(self._late.pop(self._rng.randrange(len(self._late))))
 
@@ -392,7 +392,8 @@ class MockExecutor:
 
     # ---- execution: contents, in the order of each device
 
-    def _run(self, step: int) -> AnyEvent:
+    def run(self, step: int) -> AnyEvent:
+        """Run one step; all its devices must have run those before it."""
         pending = self._pending.pop(step)
         for instance in pending.instances:
             require(self._queues[instance].pop(0) == step, "order")

@@ -91,7 +91,7 @@ def test_programs_on_all_subsets_or_on_arcs() -> None:
         from loong_jax.sim.driver import Simulation
 
         simulation = Simulation(small_config([], cluster=cluster, subsets=subsets))
-        sets[subsets] = {instances for _, instances in simulation._programs()}
+        sets[subsets] = {instances for _, instances in simulation.programs()}
     assert (0, 2) in sets[True] - sets[False]
     assert len(sets[True]) == 15
 

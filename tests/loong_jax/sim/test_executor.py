@@ -13,10 +13,13 @@ from loong_jax.types import (
     PageMove,
     Phase,
     PrefillRow,
+    Reset,
     Run,
     RunDecode,
     RunPrefill,
     Sampling,
+    StepDone,
+    StepFailed,
 )
 from tests.support.simulated import RoundTimes, small_cluster
 
@@ -40,6 +43,7 @@ class Bench:
         )
 
     def submit(self, now_us: int, *commands) -> None:
+        self.executor.stop_at |= {request: 99 for request in range(10) if request not in self.executor.stop_at}
         for command in commands:
             self.executor.submit(command)
         self.executor.start_ready(now_us)
@@ -125,5 +129,24 @@ def test_the_last_token_is_a_stop() -> None:
     bench = Bench()
     bench.executor.stop_at = {0: 11, 1: 10, 7: 99}
     bench.submit(0, decode(0, (0,), rows=2), prefill(1, (1,), 100), prefill(2, (2,), 99))
-    sampled = {step: bench.executor.sampled(bench.executor.finish(step, 5000)).tokens for step in (0, 1, 2)}
+    sampled = {step: bench.executor.finish(step, 5000).tokens for step in (0, 1, 2)}
     assert sampled == {0: (FILLER, STOP), 1: (STOP,), 2: (FILLER,)}
+
+
+def test_a_lost_pool_fails_every_step_there_until_its_reset() -> None:
+    bench = Bench()
+    bench.submit(0, decode(0, (0, 1)), decode(1, (1, 2)), decode(2, (0,)))
+    bench.executor.poison((0,))
+    answers = {step: bench.executor.finish(step, 5000) for step in (0, 1, 2)}
+    assert {step: type(answer) for step, answer in answers.items()} == dict.fromkeys((0, 1, 2), StepFailed)
+    assert answers[1] == StepFailed(1, (1, 2), "injected")  # the group of step 0 took instance 1 along
+    bench.executor.apply(Reset((0, 1, 2)))
+    bench.submit(6000, decode(3, (0, 1)))
+    assert isinstance(bench.executor.finish(3, 9000), StepDone)
+
+
+def test_no_reset_under_a_step() -> None:
+    bench = Bench()
+    bench.submit(0, decode(0, (0,)))
+    with pytest.raises(InvariantError, match="reset"):
+        bench.executor.apply(Reset((0,)))
