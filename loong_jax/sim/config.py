@@ -21,7 +21,7 @@ from loong_jax.sim.workloads import Workload
 PolicyMaker = Callable[[ClusterConfig, LimitsConfig], Policy]
 
 SIM_LADDER = LadderConfig(
-    prefill_tokens=(512, 2048, 8192, 32768, 131072), decode_rows=(1, 8, 32, 128, 512), score_tokens=()
+    prefill_tokens=(512, 2048, 8192, 32768, 131072), decode_rows=(1, 8, 32, 128, 512), move_pages=1024, score_tokens=()
 )
 """Buckets that bind nobody: a simulated step costs what its real tokens cost, whatever its bucket."""
 
