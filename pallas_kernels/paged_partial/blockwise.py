@@ -18,7 +18,7 @@ from pallas_kernels.partial import Partial
 from pallas_kernels.softmax import Running, finish, fold_tiles, start, varying_zero
 from pallas_kernels.storage import K, V, gather_heads
 
-TILE_TOKENS = 64
+TILE_TOKENS = 128
 STEP_BYTES = 1 << 20
 """K and V of the tiles that one step works on: large enough to share out among cores, small enough for a cache."""
 SMALL_STEP_TILES = 2

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loong_jax.model.sampling import PREFILTER, Params, likeliest, logprobs_of, sample
+from loong_jax.model.sampling import PREFILTER, Params, first_largest, likeliest, logprobs_of, sample
 from loong_jax.types import Sampling
 from tests.support import sampling_reference as reference
 
@@ -178,3 +178,14 @@ def test_likeliest_tokens_are_those_of_the_raw_logits():
     tokens, logprobs = likeliest(jnp.asarray(logits, jnp.float32), 20, jnp.array(False))
     assert not np.any(tokens)
     assert not np.any(logprobs)
+
+
+def test_the_first_of_the_largest_is_taken():
+    values = np.zeros((4, 300), np.float32)
+    values[0, [7, 9]] = 2
+    values[1] = -np.inf
+    values[2, 299] = np.inf
+    values[3] = np.nan
+    assert first_largest(jnp.asarray(values)).tolist() == [7, 0, 299, 299]
+    noise = np.random.default_rng(0).integers(-50, 50, (64, 300)).astype(np.float32)  # many ties
+    np.testing.assert_array_equal(first_largest(jnp.asarray(noise)), noise.argmax(axis=1))
