@@ -20,41 +20,6 @@ FLASH = cases.FlashCase("nested", cases.striped, tok=96, ctx=128)
 PAGED = cases.PagedCase("nested", (100, 0, 33), gaps=True)
 
 
-def seen_blocks(q, kv, block, window=None):
-    """(pairs computed, pairs with something visible) of blocks of `block` tokens."""
-    q, kv = (tuple(jnp.asarray(a, jnp.int32).reshape(-1, block) for a in side) for side in (q, kv))
-    seen = np.asarray(blockwise.may_see(blockwise.extents(*q), blockwise.extents(*kv), window))
-    (q_req, q_pos), (kv_req, kv_pos) = ([a[:, None, :, None] for a in q], [a[None, :, None, :] for a in kv])
-    visible = (q_req == kv_req) & (kv_req >= 0) & (kv_pos <= q_pos) & (q_pos - kv_pos < (window or 2**30))
-    needed = np.asarray(visible.any(axis=(2, 3)))
-    assert not (needed & ~seen).any(), "a visible block would be skipped"
-    return seen.sum(), needed.sum()
-
-
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("layout", [cases.causal, cases.chunk, cases.striped, cases.ragged, cases.all_padding])
-def test_only_visible_blocks_are_computed(layout, window):
-    q_req, q_pos, kv_req, kv_pos = layout(np.random.default_rng(0), 512, 512)
-    computed, needed = seen_blocks((q_req, q_pos), (kv_req, kv_pos), 16, window)
-    assert computed <= 1.05 * needed
-
-
-def test_blocks_of_one_token_are_judged_exactly():
-    for layout in (cases.causal, cases.ragged, cases.scattered):
-        q_req, q_pos, kv_req, kv_pos = layout(np.random.default_rng(1), 64, 64)
-        for window in (None, 1, 7):
-            computed, needed = seen_blocks((q_req, q_pos), (kv_req, kv_pos), 1, window)
-            assert computed == needed
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_visible_block_is_skipped_in_any_order(seed):
-    q_req, q_pos, kv_req, kv_pos = cases.scattered(np.random.default_rng(seed), 64, 64)
-    q_req, kv_req = np.sort(q_req), np.roll(np.sort(kv_req), seed)
-    for window in (None, 9):
-        seen_blocks((q_req, q_pos), (kv_req, kv_pos), 4, window)
-
-
 def test_block_lists_name_the_seen_blocks():
     seen = np.random.default_rng(0).random((7, 9)) < 0.4
     lists, counts = blockwise.block_lists(jnp.asarray(seen))
