@@ -110,6 +110,17 @@ def test_the_newest_is_evicted_and_computed_again(policy: str) -> None:
     assert not run.of(Migrate)
 
 
+def test_the_oldest_row_never_waits_for_a_page() -> None:
+    """The newest goes at once, not when nobody can do anything."""
+    run = Served(make_cluster(1, pages=16), LimitsConfig(decode_headroom_pages=0), policy="static_tp_2024")
+    for _ in range(3):
+        run.arrive(16, 40)
+    run.finish()
+    decodes = [[row.request for row in decode.rows] for decode in run.of(RunDecode)]
+    assert sum(0 in rows for rows in decodes) == 39
+    assert all(0 in rows for rows in decodes[:39])
+
+
 def test_a_reserve_for_the_output_admits_only_what_cannot_outgrow_the_pool() -> None:
     run = Served(make_cluster(1, pages=16), LIMITS, policy="chunked_2024")
     for _ in range(3):
