@@ -27,10 +27,11 @@ from loong_jax.model.hf_config import CheckpointError
 from serving import flags, launch
 from serving.client import LoongClient, chat_messages, generate_request
 from serving.engine import EngineConfig
+from serving.errors import PortTaken
 from serving.launch import EngineLost, LaunchConfig
 from serving.printer import Printer
 from serving.proto.loong.v1 import loong_pb2 as pb
-from serving.server import PortTaken, ServerConfig
+from serving.server import ServerConfig
 from serving.simulate import simulate as simulate_command
 from serving.tokenizer import TokenizerError
 from serving.worker import ControlError

@@ -16,6 +16,10 @@ from loong_jax.types import RejectReason
 RETRY_PUSHBACK_MS = 1000
 
 
+class PortTaken(Exception):
+    """The address cannot be listened on."""
+
+
 class Refusal(Exception):
     """A call that ends with a status other than OK. `retry_ms`: when trying again may help, None when it cannot."""
 

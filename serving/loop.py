@@ -183,6 +183,10 @@ class EngineLoop:
         instance under way."""
         self._inbox.put(event)
 
+    def now_us(self) -> int:
+        """The clock that events are handled by, and sinks are told."""
+        return (time.monotonic_ns() - self._start_ns) // 1000
+
     def arrive(
         self,
         prompt: bytes,
@@ -262,7 +266,7 @@ class EngineLoop:
 
     def _serve(self) -> None:
         while (item := self._next_item()) is not _CLOSE:
-            now_us = (time.monotonic_ns() - self._start_ns) // 1000
+            now_us = self.now_us()
             if type(item) is _Question:
                 self._answer(item.answer, now_us)
                 continue
@@ -336,7 +340,7 @@ class EngineLoop:
         """Nothing more will come: tell everybody who waits."""
         with self._lock:  # no arrival enters the inbox after this
             self._crash = message
-        now_us = (time.monotonic_ns() - self._start_ns) // 1000
+        now_us = self.now_us()
         while True:
             try:
                 item = self._inbox.get_nowait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -36,6 +37,14 @@ class StreamStart(msgspec.Struct, frozen=True):
     stop_ids: tuple[int, ...]
     choice: int = 0
     min_tokens: int = 0
+
+
+class StreamObserver(Protocol):
+    """Is told what happens to one choice, at times of the engine's clock; `ended` once, however the end comes."""
+
+    def prefilled(self, now_us: int) -> None: ...
+    def emitted(self, num_tokens: int, now_us: int) -> None: ...
+    def ended(self, reason: FinishReason, num_tokens: int) -> None: ...
 
 
 class DopHistory:
@@ -69,8 +78,16 @@ class DopHistory:
 class RequestStream:
     """Sink of one choice of a request; `messages()` gives its next messages."""
 
-    def __init__(self, start: StreamStart, detokenizer: Detokenizer | None, stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        start: StreamStart,
+        detokenizer: Detokenizer | None,
+        stop: Sequence[str],
+        observer: StreamObserver | None = None,
+    ) -> None:
         self._start = start
+        self._observer = observer
+        self._reason = FinishReason.ABORT  # unless it finishes
         self._detokenizer = detokenizer
         self._stop_ids = frozenset(start.stop_ids)
         self._stop_finder = StopFinder(stop)
@@ -100,9 +117,16 @@ class RequestStream:
 
     def put(self, item: SinkItem, now_us: int) -> None:
         self._items.append((item, now_us))
+        if type(item) is Reject:
+            self._observer = None  # it was refused, not served
         if type(item) is not Emit and isinstance(item, Finish | Reject | Crashed):
             self.engine_done = True
         self._arrived.set()
+
+    def close(self) -> None:
+        """No message is asked for any more."""
+        if self._observer is not None:
+            self._observer.ended(self._reason, self._num_tokens)
 
     async def messages(self) -> list[pb.GenerateResponse]:
         """Wait for output; everything there is by then, as one or two messages. Raises Refusal."""
@@ -119,11 +143,14 @@ class RequestStream:
                     break
             elif isinstance(item, Prefilled):
                 self._history.prefilled(item, now_us)
+                if self._observer is not None:
+                    self._observer.prefilled(now_us)
             elif isinstance(item, EmitScores):
                 scores.append(pb.GenerateResponse(prompt_logprobs=_prompt_logprobs(item)))
             elif isinstance(item, Reject):
                 raise rejected(item.reason, item.message, self._start.prompt_field)
             elif isinstance(item, Crashed):
+                self._reason = FinishReason.ERROR
                 raise EngineFailed(item.message)
             else:
                 last = item
@@ -152,10 +179,13 @@ class RequestStream:
                 break
         tokens.text += "".join(pieces)
         self._history.emitted(emit.dop, self._num_tokens - first, now_us)
+        if self._observer is not None:
+            self._observer.emitted(self._num_tokens - first, now_us)
 
     def _close(self, tokens: pb.Tokens, last: Finish | None) -> list[pb.GenerateResponse]:
         """The messages for these tokens; with the last word, also what the text still held back."""
         if last is not None and last.reason is FinishReason.ERROR:
+            self._reason = FinishReason.ERROR
             raise EngineFailed(last.message or "the engine failed")
         if last is not None and not self.stop_found and self._detokenizer is not None:
             piece = self._stop_finder.step(self._detokenizer.flush())
@@ -166,8 +196,8 @@ class RequestStream:
             messages.append(pb.GenerateResponse(tokens=tokens))
         if self.stop_found or last is not None:
             self.finished = True
-            reason = FinishReason.STOP if self.stop_found or last is None else last.reason
-            messages.append(pb.GenerateResponse(finished=self._finished(_REASONS[reason])))
+            self._reason = FinishReason.STOP if self.stop_found or last is None else last.reason
+            messages.append(pb.GenerateResponse(finished=self._finished(_REASONS[self._reason])))
         return messages
 
     def _finished(self, reason: pb.FinishReason) -> pb.Finished:

@@ -1,0 +1,216 @@
+"""From a GenerateRequest to its messages, whoever asks: check, encode, hand to the engine, pass on what comes.
+
+What it is not: a listener (`serving/server.py`), the checks themselves (`serving/validation.py`), or one choice's way
+from tokens to text (`serving/stream.py`). It lives in the asyncio thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from serving.errors import DuplicateRequest, NotServing, Refusal, UnknownRequest
+from serving.loop import EngineLoop
+from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.sampling_params import MAX_SEED
+from serving.stream import RequestStream, StreamObserver, StreamStart
+from serving.tokenizer import Tokenizer
+from serving.validation import Ask, ValidationLimits, check_prompt, check_request
+
+
+class Admitted(NamedTuple):
+    """Told once, before the first message: the request has been handed to the engine."""
+
+    request_id: str
+    token_ids: Sequence[int]  # the prompt's
+
+
+class Observer(Protocol):
+    """Keeps count of requests, for metrics."""
+
+    def stream(self, request: pb.GenerateRequest, arrived_us: int, num_prompt_tokens: int) -> StreamObserver:
+        """A choice of the request is about to be handed in; it arrived at `arrived_us` of the engine's clock."""
+        ...
+
+    def refused(self, refusal: Refusal) -> None: ...
+
+
+class Generator:
+    """Generation over an EngineLoop. All methods belong to one asyncio loop."""
+
+    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer | None, limits: ValidationLimits) -> None:
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.observer: Observer | None = None
+        self.refusing: str | None = "the server is warming up"
+        """Why new requests are refused now, None when they are not."""
+        self._loop = loop
+        self._running: dict[str, range] = {}  # request_id -> numbers of its choices in the engine, none at first
+        self._seeds = random.SystemRandom()
+        # Encoding a long text takes long enough to be noticed by other streams.
+        self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="loong-encode")
+        # One renderer at a time; a template that takes long holds up no other text.
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loong-chat")
+
+    async def generate(
+        self,
+        request: pb.GenerateRequest,
+        admitted: Callable[[Admitted], Awaitable[None]],
+        write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
+    ) -> None:
+        """Return when the last message has been written; cancelling it aborts the request. `write` gets what came
+        since it was last called, and is never called twice at a time. Raises Refusal, and what the two raise."""
+        # A coroutine that writes, not a generator: when cancelled it always unwinds here, at once, and never waits in a
+        # suspended generator for the garbage collector.
+        arrived_us = self._loop.now_us()
+        try:
+            ask = check_request(
+                request,
+                self.limits,
+                has_tokenizer=self.tokenizer is not None,
+                has_chat_template=self.has_chat_template,
+            )
+            self.check_serving()
+            request_id = ask.request_id or uuid.uuid4().hex
+            if request_id in self._running:
+                raise DuplicateRequest(f"request_id: {request_id!r} is running")
+            self._running[request_id] = range(0)
+            try:
+                await self._generate(request, ask, request_id, arrived_us, admitted, write)
+            finally:
+                del self._running[request_id]
+        except Refusal as refusal:
+            if self.observer is not None:
+                self.observer.refused(refusal)
+            raise
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer is not None and self.tokenizer.has_chat_template
+
+    def check_serving(self) -> None:
+        """Raises NotServing while warming up or draining, and when the engine is lost."""
+        if self.refusing is not None:
+            raise NotServing(self.refusing)
+
+    def abort(self, request_id: str) -> None:
+        """End a running request. Raises UnknownRequest."""
+        numbers = self._running.get(request_id, range(0))
+        if not numbers:
+            raise UnknownRequest(f"request_id: {request_id[:200]!r} is not running")
+        for number in numbers:
+            self._loop.abort(number)
+
+    async def encode(self, request: pb.GenerateRequest) -> list[int]:
+        """The token ids of a checked request's text or messages. Raises InvalidField."""
+        assert self.tokenizer is not None, "check_request refuses text without a tokenizer"
+        if request.WhichOneof("prompt") == "text":
+            return await self._in_encoder(self.tokenizer.encode, request.text)
+        messages = [(message.role, message.content) for message in request.messages.messages]
+        run = asyncio.get_running_loop().run_in_executor
+        text = await run(self._renderer, self.tokenizer.render_chat, messages, time.time())
+        return await self._in_encoder(self.tokenizer.encode_chat, text)
+
+    async def _in_encoder(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode, text)
+
+    def close(self) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.close()
+
+    async def idle(self) -> None:
+        """Wait until no request is open."""
+        while self._running:
+            await asyncio.sleep(0.02)
+
+    async def _generate(
+        self,
+        request: pb.GenerateRequest,
+        ask: Ask,
+        request_id: str,
+        arrived_us: int,
+        admitted: Callable[[Admitted], Awaitable[None]],
+        write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
+    ) -> None:
+        token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self.encode(request)
+        prompt, max_tokens = check_prompt(token_ids, request, ask, self.limits)
+        streams = self._streams(request, ask, request_id, token_ids, arrived_us)
+        first, *others = streams
+        number = self._loop.arrive(
+            prompt,
+            max_tokens,
+            msgspec.structs.replace(ask.sampling, seed=first.seed),
+            ask.stop_ids,
+            first,
+            adjustment=ask.adjustment,
+            num_prompt_top=ask.num_prompt_top,
+            choices=[(msgspec.structs.replace(ask.sampling, seed=stream.seed), stream) for stream in others],
+        )
+        self._running[request_id] = range(number, number + len(streams))
+        try:
+            await admitted(Admitted(request_id, token_ids))
+            await self._write_all(number, streams, write)
+        finally:
+            # Cancelled, or the connection is gone: the engine frees its pages with the next event it handles. After
+            # `stop_at` it has no effect.
+            for choice, stream in enumerate(streams, number):
+                if not stream.engine_done:
+                    self._loop.abort(choice)
+                stream.close()
+
+    def _streams(
+        self, request: pb.GenerateRequest, ask: Ask, request_id: str, token_ids: Sequence[int], arrived_us: int
+    ) -> list[RequestStream]:
+        """A stream for each choice, with a seed of its own."""
+        seed = ask.sampling.seed if ask.seed_given else self._seeds.randint(0, MAX_SEED)
+        return [
+            RequestStream(
+                StreamStart(
+                    request_id,
+                    ask.prompt_field,
+                    len(token_ids),
+                    (seed + choice) % (MAX_SEED + 1),
+                    ask.stop_ids,
+                    choice,
+                    ask.min_tokens,
+                ),
+                self.tokenizer.detokenizer(token_ids) if self.tokenizer is not None else None,
+                ask.stop,
+                self.observer.stream(request, arrived_us, len(token_ids)) if self.observer is not None else None,
+            )
+            for choice in range(ask.num_choices)
+        ]
+
+    async def _write_all(
+        self,
+        number: int,
+        streams: list[RequestStream],
+        write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
+    ) -> None:
+        """Write what the streams give, each in its order, until all are finished; the first refusal ends them all."""
+        writing = asyncio.Lock()
+
+        async def write_one(number: int, stream: RequestStream) -> None:
+            while not stream.finished:
+                messages = await stream.messages()
+                if stream.stop_found and not stream.engine_done:
+                    self._loop.stop_at(number, stream.num_tokens)
+                if messages:
+                    async with writing:
+                        await write(messages)
+
+        if len(streams) == 1:
+            return await write_one(number, streams[0])
+        tasks = [asyncio.create_task(write_one(choice, stream)) for choice, stream in enumerate(streams, number)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
