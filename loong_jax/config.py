@@ -243,6 +243,10 @@ class LimitsConfig(msgspec.Struct, frozen=True):
     max_running: int = 256
     chunk_tokens: int = 8192  # new tokens of one prefill step over the whole group
     decode_headroom_pages: int = 2  # free pages a retention target keeps per request for decode
+    chunk_us: int = 1_000_000  # predicted time of one prefill step, which whoever arrives meanwhile waits for
+    batch_candidates: int = 16  # requests that batching looks at together
+    token_us: int = 50_000  # time between tokens of a request that names none, when prefill shares its instances
+    patience_us: int = 15_000_000  # to the first token of a request that names none; longer for those that take long
     hold_us: int = 2_000_000  # a reservation ends within this time
     max_step_failures: int = 8  # in a row, of one request's steps; then it ends with an error
 

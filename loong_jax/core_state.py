@@ -17,6 +17,9 @@ from loong_jax.types import InstanceView, Program, Reservation, Run
 MAX_QUEUED_STEPS = 2
 """INV-6: one running and one queued step per instance."""
 
+PRIOR_OUTPUT = 256
+"""Generated tokens of a request, before any has ended."""
+
 
 class Step(NamedTuple):
     """A step in flight. `samples`: (request, index of the token it samples) in the order of `StepDone.tokens`;
@@ -58,6 +61,8 @@ class CoreState:
         self.draining = False
         self.num_admitted = 0
         self.num_finished = 0
+        self.num_ended = 0  # by themselves
+        self.num_output = 0  # tokens of those
         self.now_us = 0
         self.changes = 0
         self._waiting: tuple[RequestState, ...] | None = None
@@ -90,6 +95,11 @@ class CoreState:
     def fits(self, num_tokens: int) -> bool:
         """Whether a request may reach `num_tokens` of KV at all."""
         return self.cluster.kv_needed(num_tokens) <= self.capacity_tokens
+
+    @property
+    def mean_output(self) -> float:
+        """Generated tokens of the requests that ended by themselves, on average; a guess counts as one of them."""
+        return (PRIOR_OUTPUT + self.num_output) / (1 + self.num_ended)
 
     @property
     def capacity_tokens(self) -> int:

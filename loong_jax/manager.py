@@ -297,6 +297,9 @@ class Manager:
         that will be given them."""
         state = self.state
         self._out.append(Finish(request.id, reason, num_generated, message))
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            state.num_ended += 1
+            state.num_output += num_generated
         if request.adjustment is not None:
             self._out.append(Forget(request.id))
         held = tuple(sorted(state.ledger.tokens(request.id)))

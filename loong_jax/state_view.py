@@ -45,6 +45,10 @@ class StateView:
         return max(0, self._state.free_places)
 
     @property
+    def mean_output(self) -> float:
+        return self._state.mean_output
+
+    @property
     def active(self) -> Sequence[RequestView]:
         requests = self._state.requests
         return [requests[r] for r in self._state.active]

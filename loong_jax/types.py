@@ -576,6 +576,7 @@ class View(Protocol):
 
     `active` and `waiting` are in order of arrival; `free_places`: how many waiting requests may start (`max_running`,
     slots). `requests`: the active ones and as many waiting ones as may start, so a policy may start any of them.
+    `mean_output`: generated tokens of the requests that ended by themselves, on average.
     `version` changes with everything but ordinary decoding: between two plans of one version the same requests run, on
     the same instances, and only their lengths grew. Lists of requests cost their length to read, the rest does not.
     """
@@ -590,6 +591,8 @@ class View(Protocol):
     def instances(self) -> tuple[InstanceView, ...]: ...
     @property
     def free_places(self) -> int: ...
+    @property
+    def mean_output(self) -> float: ...
     @property
     def active(self) -> Sequence[RequestView]: ...
     @property

@@ -36,7 +36,7 @@ import jax  # noqa: E402
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig  # noqa: E402
 from loong_jax.cost.unmeasured import unmeasured  # noqa: E402
 from loong_jax.manager import Manager  # noqa: E402
-from loong_jax.policy.simple_elastic import SimpleElastic  # noqa: E402
+from loong_jax.policy.elastic import Elastic  # noqa: E402
 from loong_jax.types import Finish, Phase, Prepare, ProgramReady, RunDecode, Sampling  # noqa: E402
 from serving.loop import EngineLoop  # noqa: E402
 from serving.state import EngineState  # noqa: E402
@@ -136,7 +136,7 @@ class Sink:
 
 def run(plane: DataPlane, case: Case, num_steps: int) -> Clock:
     clock, limits = Clock(), LimitsConfig(max_running=case.num_rows)
-    manager = Manager(CLUSTER, limits, SimpleElastic(CLUSTER, limits), unmeasured())
+    manager = Manager(CLUSTER, limits, Elastic(CLUSTER, limits), unmeasured())
     manager.handle = clock.timed("manager", manager.handle)
     engine = EngineLoop(manager, EngineState(kv_token_bytes=1, compiles_after_ready=int))
     asyncio_loop = asyncio.new_event_loop()

@@ -78,7 +78,7 @@ def serve(
     prefill_buckets: flags.PrefillBuckets = "auto",
     decode_buckets: flags.DecodeBuckets = "auto",
     warm_up: flags.WarmUp = "minimal",
-    policy: flags.PolicyName = "simple_elastic",
+    policy: flags.PolicyName = "elastic",
     platform: flags.Platform = "default",
     cache_dir: flags.CacheDir = "~/.cache/loong",
     event_log: flags.EventLog = None,

@@ -43,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     cluster: ClusterConfig
     limits: LimitsConfig
-    policy: str = "simple_elastic"
+    policy: str = "elastic"
     dtype: str | None = None
     full_warm_up: bool = False
     num_processes: int = 1

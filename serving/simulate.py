@@ -50,7 +50,9 @@ Arrivals = Annotated[str, typer.Option(help=f"{', '.join(ARRIVALS)} (the trace's
 Traces = Annotated[Path | None, typer.Option(help="Folder of trace files.", show_default=False)]
 PoolTokens = Annotated[int, typer.Option(min=0, help="KV of an instance, in tokens; 0: what its memory holds.")]
 PageTokens = Annotated[int, typer.Option(min=1, help="Tokens of a page.")]
-ChunkTokens = Annotated[int, typer.Option(min=1, help="New tokens of one prefill step over its group.")]
+ChunkTokens = Annotated[
+    int, typer.Option(min=0, help="New tokens of one prefill step over its group; 0: what suits the policy.")
+]
 MaxRunning = Annotated[int, typer.Option(min=1, help="Requests running at once.")]
 Json = Annotated[Path | None, typer.Option("--json", help="File for the results.", show_default=False)]
 Plot = Annotated[Path | None, typer.Option(help="PNG: SLO attainment by rate and length.", show_default=False)]
@@ -64,7 +66,7 @@ def simulate(
     instances: Instances = 4,
     tp: Tp = 2,
     workload: WorkloadName = "zipf-1.0",
-    policy: PolicyText = "simple_elastic",
+    policy: PolicyText = "elastic",
     policies: Policies = None,
     rate: Rate = 1.0,
     rates: Rates = None,
@@ -74,7 +76,7 @@ def simulate(
     traces: Traces = None,
     pool_tokens: PoolTokens = 0,
     page_tokens: PageTokens = 16,
-    chunk_tokens: ChunkTokens = 8192,
+    chunk_tokens: ChunkTokens = 0,
     max_running: MaxRunning = 1024,
     json: Json = None,
     plot: Plot = None,

@@ -9,7 +9,7 @@ from typing import Protocol
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost import CostModel
 from loong_jax.policy.baselines import BASELINES
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.types import Plan, View
 
 
@@ -18,6 +18,6 @@ class NamedPolicy(Protocol):
 
 
 POLICIES: Mapping[str, Callable[[ClusterConfig, LimitsConfig], NamedPolicy]] = MappingProxyType(
-    {"simple_elastic": SimpleElastic, **BASELINES}
+    {"elastic": Elastic, **BASELINES}
 )
 """By the names that the command line and the event log use."""

@@ -11,11 +11,13 @@ What it is not: a choice of who takes part (`dispatch.py`), of the order, or of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 INFINITE = float("inf")
+
+Amount = TypeVar("Amount", int, float)
 
 
 class Work(NamedTuple):
@@ -38,16 +40,24 @@ class Batch(NamedTuple):
     seconds: float
 
 
+class Shape(NamedTuple):
+    """A group with a READY program: how many tokens its step may take, and what it costs to end up there, for each
+    request."""
+
+    tokens: int
+    landing: float = 0.0
+
+
 class Slots(NamedTuple):
     """Instances in order: `free` pages of each; `stall`: what a second costs those who must wait for it meanwhile;
-    `shapes`: by (position, DoP) of the groups with a READY program, how many tokens it takes."""
+    `shapes`: groups by (position of the first, DoP)."""
 
     free: Sequence[int]
     stall: Sequence[float]
-    shapes: Mapping[tuple[int, int], int]
+    shapes: Mapping[tuple[int, int], Shape]
 
 
-StepSeconds = Callable[[int, float, float, float], float]
+StepSeconds = Callable[[int, int, float, int], float]
 """Predicted seconds by (dop, tokens, pairs, context)."""
 
 
@@ -99,11 +109,10 @@ class Batching:
         best[0][0] = 0.0
         for at in range(num_slots):
             for dop in dops:
-                cap = self._slots.shapes.get((at, dop), 0)
-                if cap:
-                    same = at > 0 and self._slots.shapes.get((at - 1, dop), 0) >= cap and self._alike(at, dop)
+                shape = self._slots.shapes.get((at, dop))
+                if shape is not None:
                     end = at + dop
-                    self._extend(at, dop, cap, free[end] - free[at], stall[end] - stall[at], same)
+                    self._extend(at, dop, shape, free[end] - free[at], stall[end] - stall[at])
             here, there, arrived = best[at], best[at + 1], self._from[at + 1]
             for request, cost in enumerate(here):
                 if cost <= there[request]:
@@ -112,16 +121,21 @@ class Batching:
 
     def _alike(self, at: int, dop: int) -> bool:
         """Whether the group one place before is as good: nothing is gained by leaving an instance out for this one."""
-        free, stall = self._slots.free, self._slots.stall
+        free, stall, shapes = self._slots.free, self._slots.stall, self._slots.shapes
+        before, here = shapes.get((at - 1, dop)), shapes[at, dop]
+        if before is None or before.tokens < here.tokens or before.landing > here.landing:
+            return False
         return free[at - 1] >= free[at + dop - 1] and stall[at - 1] <= stall[at + dop - 1]
 
-    def _extend(self, at: int, dop: int, cap: int, free: float, stall: float, same: bool) -> None:
+    def _extend(self, at: int, dop: int, shape: Shape, free: float, stall: float) -> None:
         """From every state before `at`: a batch more, on `dop` instances from there."""
         tokens, pairs, context, weight = self._sums[dop]
         here, before = self._best[at], self._best[at - 1] if at else None
         there, arrived = self._best[at + dop], self._from[at + dop]
         pages, times, step_s = self._pages, self._times, self._step_s
         fixed = self._price * dop + stall
+        cap, landing = shape
+        same = self._alike(at, dop)
         for first in range(self._num):
             cost = here[first]
             if cost == INFINITE or (same and before is not None and before[first] == cost):
@@ -135,13 +149,13 @@ class Batching:
                     seconds = times[dop, first, last] = step_s(
                         dop, tokens[last] - base_tokens, pairs[last] - pairs[first], context[last] - context[first]
                     )
-                total = cost + seconds * (weight[last] - base_weight + fixed)
+                total = cost + seconds * (weight[last] - base_weight + fixed) + landing * (last - first)
                 if total < there[last]:
                     there[last] = total
                     arrived[last] = Batch(first, last, at, dop, seconds)
 
 
-def _sums(works: Sequence[Work]) -> tuple[list[float], list[float], list[float], list[float]]:
+def _sums(works: Sequence[Work]) -> tuple[list[int], list[float], list[int], list[float]]:
     return (
         _running([work.tokens for work in works]),
         _running([work.pairs for work in works]),
@@ -150,6 +164,6 @@ def _sums(works: Sequence[Work]) -> tuple[list[float], list[float], list[float],
     )
 
 
-def _running(values: Sequence[float]) -> list[float]:
+def _running(values: Iterable[Amount]) -> list[Amount]:
     """Sums of the first n values, for each n."""
-    return [0, *accumulate(values)]
+    return list(accumulate(values, initial=cast(Amount, 0)))

@@ -1,7 +1,7 @@
 """One plan under way: what is left to hand out, and what the plan found missing.
 
 What it is: bookkeeping shared by the parts of the elastic policy, and the choice of whom to evict.
-What it is not: a choice of who runs, or where (`simple_decode.py`, `simple_prefill.py`).
+What it is not: a choice of who runs, or where (`scale.py`, `prefill.py`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ MAX_QUEUED_STEPS = 2
 
 
 class Draft:
-    """`free`: pages by instance; `room`: living instances that can take a step; `taken`: instances planned or held;
-    `load`: decode rows by instance. They change as the plan grows."""
+    """`free`: pages by instance; `room`: living instances that can take a step, `idle` those without any; `taken`:
+    instances planned; `held`: reserved for a prefill that needs them together, and keeping room for it; `load`: decode
+    rows by instance; `stall`: what a second's wait costs them. They change as the plan grows."""
 
     def __init__(
         self, cluster: ClusterConfig, limits: LimitsConfig, ready: ReadyGroups, view: View, cost: CostModel
     ) -> None:
         self.cluster, self.limits, self.ready, self.view, self.cost = cluster, limits, ready, view, cost
         self.free = {i.instance: i.free_pages for i in view.instances}
-        self.alive = self.room = 0
+        self.alive = self.room = self.idle = self.held = 0
         for instance in view.instances:
             if instance.alive:
                 self.alive |= 1 << instance.instance
                 if instance.queued < MAX_QUEUED_STEPS:
                     self.room |= 1 << instance.instance
+                if instance.queued == 0:
+                    self.idle |= 1 << instance.instance
         self.taken = 0
         self.load = [0] * len(view.instances)
+        self.stall = [0.0] * len(view.instances)
         self.prepares: list[PlannedPrepare] = []
         self.blocked: RequestView | None = None  # the oldest request that lacks pages
         self.stuck: list[RequestView] = []  # no group can span their KV: an instance was lost
@@ -65,7 +69,7 @@ class Draft:
         need = mask_of(r.instance for r in blocked.resident)
         phase = Phase.DECODE if blocked.running else blocked.prefill_phase
         reach = self.ready.reach(phase, need, self.alive)
-        holders = [request for request in self.view.requests if any(reach >> r.instance & 1 for r in request.resident)]
+        holders = [request for request in self.view.active if any(reach >> r.instance & 1 for r in request.resident)]
         if not holders:
             return None
         newest = holders[-1]

@@ -45,9 +45,13 @@ class ReadyGroups:
             self._groups[phase].append(Group(len(instances), instances, mask_of(instances), bucket))
         for groups in self._groups.values():
             groups.sort()
+        self._exact = {(phase, group.mask): group for phase, groups in self._groups.items() for group in groups}
         self._ready = ready
         self._smallest: dict[tuple[Phase, int, int], Group | None] = {}
         self._wanted: dict[tuple[Phase, int, int, int, int], PlannedPrepare | None] = {}
+
+    def exactly(self, phase: Phase, mask: int) -> Group | None:
+        return self._exact.get((phase, mask))
 
     def covering(self, phase: Phase, need: int, allowed: int) -> Iterable[Group]:
         """Groups that hold all of `need` and nothing outside `allowed`, smallest first."""

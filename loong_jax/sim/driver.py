@@ -25,6 +25,7 @@ from loong_jax.sim.executor import STOP, SimExecutor
 from loong_jax.sim.faults import FaultPlan, Ready
 from loong_jax.sim.metrics import summarise
 from loong_jax.types import (
+    NO_TARGET,
     Aborted,
     AnyCommand,
     AnyEvent,
@@ -45,6 +46,7 @@ from loong_jax.types import (
     StepDone,
     StepFailed,
     Stopped,
+    Target,
     Tick,
 )
 
@@ -194,7 +196,14 @@ class Simulation:
         self._open[number] = outcome
         self.executor.stop_at[number] = request.prompt_len + request.output_len - 2
         text = bytes(4 * request.prompt_len) if prompt is None else prompt(number, request.prompt_len)
-        self._take(Arrived(number, text, request.max_tokens, stop_ids=(STOP,)))
+        target = self._target(request.prompt_len)
+        self._take(Arrived(number, text, request.max_tokens, stop_ids=(STOP,), target=target))
+
+    def _target(self, prompt_len: int) -> Target:
+        slo = self.config.slo if self.config.targets else None
+        if slo is None:
+            return NO_TARGET
+        return Target(ttft_us=round(slo.ttft_s(prompt_len) * 1e6), tpot_us=round(slo.tpot_s * 1e6))
 
     def _complete(self, step: int) -> None:
         event = self.executor.finish(step, self.now_us)

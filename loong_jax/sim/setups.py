@@ -25,6 +25,8 @@ from loong_jax.types import ContextForm
 PAPER_POOL_TOKENS = {1: 110_000, 2: 210_000, 4: 500_000, 8: 900_000}
 """KV of an instance of so many A800 with the 7B model, as LoongServe ran it (section 1)."""
 
+CHUNK_TOKENS, WHOLE_PROMPTS = 8192, 1 << 20
+
 FUSED_POLICIES = frozenset({"chunked", "chunked_2024", "fixed_sp", "replicas"})
 """Systems whose engines run a chunk of prefill and the decodes as one iteration."""
 
@@ -32,7 +34,9 @@ _SPEC = re.compile(r"(\w+)(?:@(\d+)x(\d+))?")
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """`pool_tokens`: KV of one instance (0: as in the paper, or what the devices hold beside the weights)."""
+    """`pool_tokens`: KV of one instance (0: as in the paper, or what the devices hold beside the weights).
+    `chunk_tokens`: of one prefill step (0: what suits the policy: the elastic one bounds steps by their time).
+    `targets`: requests name the SLO as what they want; policies that know nothing of targets do not look."""
 
     hardware: str = "A800"
     model: str = "lwm-7b"
@@ -40,15 +44,16 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     tp: int = 2
     pool_tokens: int = 0
     page_tokens: int = 16
-    chunk_tokens: int = 8192
+    chunk_tokens: int = 0
     max_running: int = 1024
     subsets: bool = False
+    targets: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= SIM_LIMITS.max_running:
             raise ConfigError(f"max_running: must be between 1 and {SIM_LIMITS.max_running}")
-        if self.chunk_tokens < 1:
-            raise ConfigError("chunk_tokens: must be positive")
+        if self.chunk_tokens < 0:
+            raise ConfigError("chunk_tokens: must not be negative")
 
 
 class PolicySpec(msgspec.Struct, frozen=True):
@@ -73,13 +78,15 @@ def make_config(setup: Setup, spec: PolicySpec, workload: Workload, *, record: b
     cluster = sim_cluster(
         spec.instances, tp=spec.tp, pool_tokens=_pool_tokens(setup, spec.tp), page_tokens=setup.page_tokens
     )
+    chunk_tokens = setup.chunk_tokens or (WHOLE_PROMPTS if spec.name == "elastic" else CHUNK_TOKENS)
     return SimConfig(
         times=_cost(setup.hardware, setup.model, spec.tp, spec.instances),
         workload=workload,
         cluster=cluster,
-        limits=msgspec.structs.replace(SIM_LIMITS, chunk_tokens=setup.chunk_tokens, max_running=setup.max_running),
+        limits=msgspec.structs.replace(SIM_LIMITS, chunk_tokens=chunk_tokens, max_running=setup.max_running),
         policy=spec.name,
         slo=slo_of(setup),
+        targets=setup.targets,
         fused=spec.name in FUSED_POLICIES,
         subsets=setup.subsets,
         record=record,

@@ -24,7 +24,7 @@ from loong_jax.executor import Executor
 from loong_jax.manager import Manager
 from loong_jax.model.checkpoint import load_checkpoint
 from loong_jax.model.hf_config import read_config
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.programs import Programs
 from loong_jax.types import Aborted, AnyEvent, Arrived, Emit, Finish, ProgramReady
 from serving.flags import cluster_config
@@ -44,7 +44,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
         self._programs = Programs(builder.build, devices.mesh, None, self._inbox.put, "bench")
         self._executor = Executor(builder, devices, weights, self._programs, self._inbox.put)
-        self._policy = SimpleElastic(self._cluster, self._limits)
+        self._policy = Elastic(self._cluster, self._limits)
         self._manager = Manager(self._cluster, self._limits, self._policy, unmeasured())
         self._num_requests = 0
         self._warm_up(num_instances)

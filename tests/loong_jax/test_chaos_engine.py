@@ -14,7 +14,7 @@ import pytest
 from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.types import Arrived, Emit, Finish, ProgramReady, Sampling
 from tests.support.chaos_policy import ChaosPolicy
 from tests.support.real_engine import CHAOS_CLUSTERS, FIXTURES, DataPlane, LossyExecutor, Verdict
@@ -102,7 +102,7 @@ def test_a_context_far_beyond_the_pool():
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     executor = plane.executor(inbox.put)
     limits = LimitsConfig(chunk_tokens=64)
-    manager = Manager(plane.cluster, limits, SimpleElastic(plane.cluster, limits), unmeasured())
+    manager = Manager(plane.cluster, limits, Elastic(plane.cluster, limits), unmeasured())
     for program, instances in arcs(plane.cluster):
         manager.handle(ProgramReady(program, instances), 0)
     prompt = array("i", [3 + (i * i + i // 7) % (plane.model.vocab_size - 3) for i in range(360)])

@@ -14,7 +14,7 @@ from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.core_state import CoreState
 from loong_jax.ledger import ForkedPages, Ledger
 from loong_jax.manager import Manager, Policy
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.request_state import RequestState
 from loong_jax.types import (
     AnyCommand,
@@ -36,7 +36,7 @@ from tests.support.chaos_policy import ChaosPolicy
 
 def run_schedule(seed: int, *, chaos: bool, all_ready: bool = True, windowed: bool = False) -> None:
     def make(cluster: ClusterConfig, limits: LimitsConfig) -> Policy:
-        return ChaosPolicy(cluster, limits, seed) if chaos else SimpleElastic(cluster, limits)
+        return ChaosPolicy(cluster, limits, seed) if chaos else Elastic(cluster, limits)
 
     mock_schedules.run_schedule(seed, make, all_ready=all_ready, windowed=windowed)
 
@@ -55,7 +55,7 @@ def test_pages_outside_every_window_are_dropped(first: int, chaos: bool) -> None
 
 
 @pytest.mark.parametrize("first", range(0, 100, 20))
-def test_simple_elastic_under_faults(first: int) -> None:
+def test_elastic_under_faults(first: int) -> None:
     for seed in range(first, first + 20):
         run_schedule(10_000_000 + seed, chaos=False)
 
@@ -291,7 +291,7 @@ def test_a_broken_core_is_caught(
 
 
 @pytest.mark.parametrize("first", range(0, 100, 20))
-def test_simple_elastic_with_few_groups(first: int) -> None:
+def test_elastic_with_few_groups(first: int) -> None:
     for seed in range(first, first + 20):
         run_schedule(20_000_000 + seed, chaos=False, all_ready=False)
 

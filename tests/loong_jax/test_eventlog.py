@@ -34,9 +34,7 @@ CLUSTER = ClusterConfig(
     num_instances=2, page_tokens=4, pages_per_instance=16, ring_tokens=16, query_tile_tokens=16, slots=4,
     ladder=LadderConfig(dops=(1, 2), prefill_tokens=(16,), decode_rows=(4,)),
 )  # fmt: skip
-HEADER = LogHeader(
-    "0.1.0", CLUSTER, LimitsConfig(), "simple_elastic", dict(unmeasured(prefill_base_s=0.001).coefficients)
-)
+HEADER = LogHeader("0.1.0", CLUSTER, LimitsConfig(), "elastic", dict(unmeasured(prefill_base_s=0.001).coefficients))
 
 
 def write_log(path: Path, tamper: int | None = None) -> list[tuple[int, AnyEvent]]:

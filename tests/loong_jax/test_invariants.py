@@ -10,7 +10,7 @@ from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.ledger import InvariantError
 from loong_jax.manager import Manager
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.types import Arrived, ProgramReady, RunPrefill, Sampling, StepDone
 from tests.support.schedules import arcs
 
@@ -18,7 +18,7 @@ from tests.support.schedules import arcs
 def running() -> Manager:
     """One request in decode, two steps in flight; one that waits for a place."""
     cluster, limits = ClusterConfig(8), LimitsConfig(max_running=1)
-    manager = Manager(cluster, limits, SimpleElastic(cluster, limits), unmeasured())
+    manager = Manager(cluster, limits, Elastic(cluster, limits), unmeasured())
     for program, instances in arcs(cluster):
         manager.handle(ProgramReady(program, instances), 0)
     prefill = None

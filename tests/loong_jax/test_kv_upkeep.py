@@ -12,7 +12,7 @@ from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.forks import start_or_hold
 from loong_jax.kv_upkeep import lose, settle, slide
 from loong_jax.manager import Manager
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.request_state import RequestState
 from loong_jax.types import (
     AnyEvent,
@@ -125,7 +125,7 @@ def test_a_context_far_beyond_the_pool() -> None:
     inbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
     executor = MockExecutor(CLUSTER, inbox.put, random.Random(0))
     limits = LimitsConfig(chunk_tokens=32)
-    manager = Manager(CLUSTER, limits, SimpleElastic(CLUSTER, limits), unmeasured())
+    manager = Manager(CLUSTER, limits, Elastic(CLUSTER, limits), unmeasured())
     prompt = array("i", [i * i % 97 for i in range(200)])
     for program, instances in arcs(CLUSTER):
         inbox.put(ProgramReady(program, instances))

@@ -13,7 +13,7 @@ import pytest
 from loong_jax.config import LimitsConfig
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.types import AnyCommand, CopyPages, Migrate, Phase, Reset, RunDecode, RunPrefill
 from tests.support.chaos_policy import ChaosPolicy
 from tests.support.real_engine import CHAOS_CLUSTERS, FIXTURES, DataPlane, LossyExecutor
@@ -79,7 +79,7 @@ def run_steps(plane: DataPlane, num_steps: int) -> Tally:
         while tally.num_steps < num_steps or (not tally.steps[Phase.COPY] and tally.num_steps < 10 * num_steps):
             rng = random.Random(seed)
             limits = LimitsConfig(max_running=12, chunk_tokens=rng.choice((16, 128)))
-            policy = ChaosPolicy(cluster, limits, seed) if seed % 2 else SimpleElastic(cluster, limits)
+            policy = ChaosPolicy(cluster, limits, seed) if seed % 2 else Elastic(cluster, limits)
             config = ScheduleConfig(
                 num_requests=12, max_prompt=rng.choice((20, 400)), max_new_tokens=30, vocab=plane.model.vocab_size,
                 p_fork=0.2, p_fail=0.005, p_lose=0.0,

@@ -16,7 +16,7 @@ from loong_jax.config import LimitsConfig
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.esp.layout import prefill_layout
 from loong_jax.manager import Manager
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.staging import stage_prefill
 from loong_jax.types import (
     AnyCommand,
@@ -52,7 +52,7 @@ class EvenPolicy:
     """The elastic policy, but KV is spread over the whole group to the end."""
 
     def __init__(self):
-        self._inner = SimpleElastic(CLUSTER, LIMITS)
+        self._inner = Elastic(CLUSTER, LIMITS)
 
     def plan(self, view, cost) -> Plan:
         plan = self._inner.plan(view, cost)
@@ -112,7 +112,7 @@ def drive(policy) -> Recording:
 
 @pytest.fixture(scope="module")
 def packed() -> Recording:
-    return drive(SimpleElastic(CLUSTER, LIMITS))
+    return drive(Elastic(CLUSTER, LIMITS))
 
 
 @pytest.fixture(scope="module")

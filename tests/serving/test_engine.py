@@ -88,7 +88,7 @@ def test_the_event_log_begins_with_what_a_replay_needs(tmp_path):
     engine.loop.close()
     del engine
     header, frames = read_event_log(path)
-    assert (header.cluster, header.policy, list(frames)) == (CLUSTER, "simple_elastic", [])
+    assert (header.cluster, header.policy, list(frames)) == (CLUSTER, "elastic", [])
 
 
 def test_an_unwritable_event_log_is_an_os_error(tmp_path):

@@ -32,14 +32,14 @@ def test_one_run_writes_what_was_promised(tmp_path: Path) -> None:
 
 
 def test_a_sweep_compares_policies(tmp_path: Path) -> None:
-    result = invoke("--policies", "simple_elastic,chunked@1x8", "--rates", "2,4", "--json", str(tmp_path / "out"))
+    result = invoke("--policies", "elastic,chunked@1x8", "--rates", "2,4", "--json", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     assert "chunked@1x8" in result.output
     data = json.loads((tmp_path / "out").read_text())
     assert [(run["policy"], run["offered_rate"]) for run in data["runs"]] == [
-        ("simple_elastic", 2.0), ("simple_elastic", 4.0), ("chunked@1x8", 2.0), ("chunked@1x8", 4.0),
+        ("elastic", 2.0), ("elastic", 4.0), ("chunked@1x8", 2.0), ("chunked@1x8", 4.0),
     ]  # fmt: skip
-    assert set(data["p90_goodput"]["zipf-1.4"]) == {"simple_elastic", "chunked@1x8"}
+    assert set(data["p90_goodput"]["zipf-1.4"]) == {"elastic", "chunked@1x8"}
 
 
 @pytest.mark.parametrize(

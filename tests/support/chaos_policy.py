@@ -11,7 +11,7 @@ import random
 from loong_jax import buckets
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost import CostModel
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.types import (
     ContextForm,
     Phase,
@@ -38,7 +38,7 @@ class ChaosPolicy:
         self.cluster = cluster
         self.limits = limits
         self._rng = random.Random(seed)
-        self._fallback = SimpleElastic(cluster, limits)
+        self._fallback = Elastic(cluster, limits)
         # Some schedules lean to one kind of choice.
         self._p_evict = self._rng.choice((0.0, 0.02, 0.05))
         self._p_migrate = self._rng.choice((0.0, 0.1, 0.3))

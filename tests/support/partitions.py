@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from loong_jax.policy.batch import INFINITE, Slots, Work
+from loong_jax.policy.batch import INFINITE, Shape, Slots, Work
 
 
 class Case:
@@ -25,7 +25,9 @@ class Case:
         self.free = [rng.choice((0, room // 2, room, room)) if not simple else room for _ in range(self.m)]
         self.stall = [rng.choice((0.0, 0.0, 0.01)) if not simple else 0.0 for _ in range(self.m)]
         self.shapes = {
-            (at, dop): rng.choice((10**6, 10**6, 4000 * dop)) if not simple else 10**6
+            (at, dop): Shape(rng.choice((10**6, 10**6, 4000 * dop)), rng.choice((0.0, 0.001)))
+            if not simple
+            else Shape(10**6)
             for dop in self.dops
             for at in range(self.m - dop + 1)
             if simple or rng.random() < 0.85
@@ -69,15 +71,16 @@ def contiguous(case: Case, num: int, first: int = 0, at: int = 0) -> float:
     best = INFINITE
     for start in range(at, case.m):
         for dop in case.dops:
-            cap = case.shapes.get((start, dop), 0)
-            if not cap or start + dop > case.m:
+            shape = case.shapes.get((start, dop))
+            if shape is None:
                 continue
             for last in range(first + 1, num + 1):
                 requests = list(range(first, last))
-                if case.tokens(requests, dop) > cap:
+                if case.tokens(requests, dop) > shape.tokens:
                     continue
                 cost = case.cost(requests, list(range(start, start + dop)))
                 if cost < INFINITE:
+                    cost += shape.landing * (last - first)
                     best = min(best, cost + contiguous(case, num, last, start + dop))
     return best
 

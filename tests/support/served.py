@@ -35,7 +35,7 @@ class Served:
         limits: LimitsConfig = LimitsConfig(),  # noqa: B008 (frozen)
         ready: Sequence[tuple[Program, tuple[int, ...]]] | None = None,
         cost: CostModel | None = None,
-        policy: str = "simple_elastic",
+        policy: str = "elastic",
     ) -> None:
         self.inbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
         self.rng = random.Random(0)

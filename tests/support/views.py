@@ -51,6 +51,7 @@ class SeenView(Record, frozen=True):
     ready: frozenset[tuple[Program, tuple[int, ...]]] = frozenset()
     now_us: int = 0
     version: int = 0
+    mean_output: float = 64.0
 
     @property
     def free_places(self) -> int:

@@ -9,7 +9,7 @@ WORKLOAD = make_workload("zipf-1.4", rate=1.0, num_requests=200, seed=0)
 
 
 def test_policy_and_where_it_runs() -> None:
-    assert parse_policy("simple_elastic", SETUP) == PolicySpec("simple_elastic", "simple_elastic", 4, 2)
+    assert parse_policy("elastic", SETUP) == PolicySpec("elastic", "elastic", 4, 2)
     spec = parse_policy("static_tp@1x8", SETUP)
     assert (spec.name, spec.instances, spec.tp) == ("static_tp", 1, 8)
     config = make_config(SETUP, spec, WORKLOAD)
@@ -19,7 +19,7 @@ def test_policy_and_where_it_runs() -> None:
     assert make_config(SETUP, parse_policy("chunked", SETUP), WORKLOAD).fused
 
 
-@pytest.mark.parametrize("text", ["none", "simple_elastic@", "simple_elastic@4", "simple_elastic@0x2"])
+@pytest.mark.parametrize("text", ["none", "elastic@", "elastic@4", "elastic@0x2"])
 def test_bad_policies(text: str) -> None:
     with pytest.raises(ConfigError):
         make_config(SETUP, parse_policy(text, SETUP), WORKLOAD)
@@ -32,22 +32,22 @@ def test_bad_policies(text: str) -> None:
         ("model", {"model": "none"}),
         ("tp", {"hardware": "v5e", "model": "llama-3.1-70b", "tp": 1}),
         ("max_running", {"max_running": 5000}),
-        ("chunk_tokens", {"chunk_tokens": 0}),
+        ("chunk_tokens", {"chunk_tokens": -1}),
     ],
 )
 def test_bad_fields_are_named(field: str, change: dict) -> None:
     with pytest.raises(ConfigError, match=field):
-        make_config(Setup(**change), PolicySpec("", "simple_elastic", 4, change.get("tp", 2)), WORKLOAD)
+        make_config(Setup(**change), PolicySpec("", "elastic", 4, change.get("tp", 2)), WORKLOAD)
 
 
 def test_pools_are_the_papers_or_what_fits() -> None:
-    spec = parse_policy("simple_elastic", SETUP)
+    spec = parse_policy("elastic", SETUP)
     pages = {
         pool: make_config(Setup(pool_tokens=pool), spec, WORKLOAD).cluster.pages_per_instance for pool in (0, 32_000)
     }
     assert pages == {0: 210_000 // 16, 32_000: 2000}
     other = Setup(hardware="H100", model="llama-3.1-8b", tp=1)
-    tokens = make_config(other, parse_policy("simple_elastic", other), WORKLOAD).cluster.pages_per_instance * 16
+    tokens = make_config(other, parse_policy("elastic", other), WORKLOAD).cluster.pages_per_instance * 16
     assert 300_000 < tokens < 500_000  # (0.9 x 80 GB - 16 GB) / 128 KiB
 
 

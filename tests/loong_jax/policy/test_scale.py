@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loong_jax.policy.groups import mask_of
-from loong_jax.policy.simple_decode import DecodePlanner
+from loong_jax.policy.scale import DecodePlanner
 from loong_jax.types import Phase, PlannedDecode, PlannedDecodeRow
 from tests.support.views import Seen, decoding, draft, instance
 

@@ -1,5 +1,7 @@
-"""Decode in the elastic policy: rows to groups, groups to masters, an instance more when memory is short (DESIGN 4).
+"""Scaling of decode groups: rows to groups, groups to masters, an instance more when memory is short (LoongServe 5.4).
 
+Scaling down costs nothing, because a prefill leaves KV where decoding wants it (`placement.py`); scaling up moves
+nothing, because an instance with no page of a row can serve as its master.
 What it is not: an eviction; a row that finds no page anywhere is noted in the draft, and the policy decides.
 """
 
@@ -7,20 +9,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loong_jax.cost import CostModel
 from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import Group, mask_of, members
 from loong_jax.types import Phase, PlannedDecode, PlannedDecodeRow, RequestView
+
+STALL = 0.1
+"""What a second's wait within its token time costs a row, as a share of what one beyond it would."""
 
 
 class DecodeGroup:
     """Decode rows whose KV ties them together. `need`: where that is; `group`: what will serve them, if READY."""
 
-    __slots__ = ("group", "need", "rows")
+    __slots__ = ("_kv_tokens", "group", "need", "rows")
 
     def __init__(self, need: int, group: Group | None, rows: list[RequestView]) -> None:
         self.need = need
         self.group = group
         self.rows = rows
+        self._kv_tokens = -1
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step of it is under way (or of a row that joined it)."""
+        return any(row.in_flight for row in self.rows)
+
+    @property
+    def targeted(self) -> bool:
+        """Whether a row names the time it wants between tokens."""
+        return any(row.target.tpot_us for row in self.rows)
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV that a step reads on the fullest instance."""
+        if self._kv_tokens < 0:
+            held: dict[int, int] = {}
+            for row in self.rows:
+                for resident in row.resident:
+                    held[resident.instance] = held.get(resident.instance, 0) + resident.tokens
+            self._kv_tokens = max(held.values(), default=0)
+        return self._kv_tokens
+
+    def step_s(self, cost: CostModel) -> float:
+        """Predicted seconds of a step, rows spread over masters as even as may be."""
+        dop, rows = self.mask.bit_count(), len(self.rows)
+        return cost.decode_s(dop, rows, -(-rows // dop), self.kv_tokens)
 
     @property
     def mask(self) -> int:
@@ -60,6 +93,7 @@ class DecodePlanner:
                 self.draft.want(Phase.DECODE, group.need, len(group.rows))
             for instance in members(group.mask):
                 self.draft.load[instance] += len(group.rows)
+                self.draft.stall[instance] += STALL * len(group.rows) / self.draft.view.mean_output
         # Groups that overlap and cannot merge take turns.
         out.sort(key=lambda group: (min(row.in_flight for row in group.rows), group.rows[0].request))
         return out
@@ -112,7 +146,10 @@ class DecodePlanner:
         return out
 
     def _may_run(self, group: DecodeGroup) -> bool:
-        return group.mask & ~(self.draft.room & ~self.draft.taken) == 0
+        draft = self.draft
+        if group.mask & draft.held and group.mask & ~draft.idle:
+            return False  # the place behind the step under way is kept for the prefill that waits for all of them
+        return group.mask & ~(draft.room & ~draft.taken) == 0
 
     def _masters(self, group: Group, rows: Sequence[RequestView]) -> tuple[list[PlannedDecodeRow], list[RequestView]]:
         """A master per row: the holder of its open page, else the holder with the fewest rows that has a free page,

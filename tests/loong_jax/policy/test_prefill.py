@@ -1,20 +1,29 @@
-"""Who is admitted, in which batch, on which group, and where the KV stays."""
+"""In which batch, on which group, how much of it, and where the KV stays."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from loong_jax.policy.groups import mask_of
-from loong_jax.policy.simple_prefill import PrefillPlanner, take
+from loong_jax.policy import allocate, dispatch
+from loong_jax.policy.prefill import PrefillPlanner, take
+from loong_jax.policy.scale import DecodePlanner
+from loong_jax.policy.times import Times
 from loong_jax.types import ContextForm, Phase, Program, Run
 from tests.support.views import FOUR, LIMITS, decoding, draft, instance, prompting
 
 
-def batches(*requests, instances=FOUR, decode_mask: int = 0, **kwargs):
+def batches(*requests, instances=FOUR, price: float = 0.0, **kwargs):
     """(prefills, reservations), and the draft behind them."""
     made = draft(requests, instances, **kwargs)
+    times = Times(made.cluster, made.cost)
+    decode = DecodePlanner(made, [request for request in requests if request.running])
     waiting = [request for request in requests if not request.running and request.in_flight == 0]
-    return *PrefillPlanner(made, decode_mask).plan(waiting), made
+    candidates = dispatch.under_way(waiting, 0, times.alone_s, made.limits)
+    allowed = allocate.allowance(made, decode.groups, times)
+    planner = PrefillPlanner(made, times, allowed, price)
+    planner.plan(dispatch.admitted(made, made.view.active, dispatch.in_order(candidates), 0))
+    return planner.prefills, planner.reservations, made
 
 
 @pytest.mark.parametrize(
@@ -32,12 +41,12 @@ def test_the_first_runs(missing, num_units, taken) -> None:
     assert take(missing, num_units, 4) == taken
 
 
-def test_a_long_prompt_takes_a_chunk_and_leaves_up_to_half_of_it_to_those_behind() -> None:
+def test_a_long_prompt_takes_a_chunk_and_short_ones_go_first() -> None:
     two = [instance(0), instance(1)]
     (prefill,), _, _ = batches(prompting(0, 60), instances=two)
     assert [row.runs for row in prefill.rows] == [(Run(0, LIMITS.chunk_tokens),)]
-    (prefill,), _, _ = batches(prompting(0, 60), prompting(1, 12), prompting(2, 200), instances=two)
-    assert [(row.request, row.runs) for row in prefill.rows] == [(0, (Run(0, 20),)), (1, (Run(0, 12),))]
+    prefills, _, _ = batches(prompting(0, 60), prompting(1, 4), prompting(2, 8), instances=two)
+    assert 0 not in _rows(prefills[0])
 
 
 def test_an_end_is_packed_and_what_lies_elsewhere_moves_there() -> None:
@@ -49,6 +58,15 @@ def test_an_end_is_packed_and_what_lies_elsewhere_moves_there() -> None:
     assert prefill.form is ContextForm.RING  # gathered queries would leave the context where it is
 
 
+def test_rows_gather_where_instances_are_wanted_and_spread_where_they_are_not() -> None:
+    row = decoding(0, {0: 4}, in_flight=1)
+    prompt = prompting(1, 48, {0: 4, 1: 4})
+    (prefill,), _, _ = batches(row, prompt)
+    assert {share.instance for share in prefill.keep} == {1}
+    (prefill,), _, _ = batches(row, prompt, price=1.0)
+    assert {share.instance for share in prefill.keep} == {0}
+
+
 def test_a_chunk_in_the_middle_is_kept_evenly() -> None:
     (prefill,), _, made = batches(prompting(0, 200, {0: 2, 1: 2}), instances=[instance(0), instance(1)])
     assert [share.pages for share in prefill.keep] == [4, 4]
@@ -56,27 +74,28 @@ def test_a_chunk_in_the_middle_is_kept_evenly() -> None:
     assert made.free == {0: 12, 1: 12}
 
 
-def test_one_that_does_not_fit_beside_the_others_waits_and_is_not_overtaken() -> None:
+def test_one_that_does_not_fit_beside_the_others_waits_and_a_lighter_one_passes() -> None:
     holder = prompting(0, 200, {0: 8}, in_flight=1)  # 50 pages in all
-    prefills, _, _ = batches(holder, prompting(1, 100), prompting(2, 4))
+    prefills, _, _ = batches(holder, prompting(1, 100))
     assert prefills == []
-    (prefill,), _, _ = batches(holder, prompting(2, 4))
+    light = msgspec.structs.replace(prompting(2, 4), max_tokens=4)
+    (prefill,), _, _ = batches(msgspec.structs.replace(holder, max_tokens=4), prompting(1, 100), light)
     assert [row.request for row in prefill.rows] == [2]
 
 
-def test_instances_with_full_queues_are_held() -> None:
-    busy = [instance(0, queued=2), instance(1), instance(2, alive=False), instance(3, alive=False)]
+def test_a_group_that_is_busy_is_held() -> None:
+    busy = [instance(0, queued=1, prefilling=1), instance(1), instance(2, alive=False), instance(3, alive=False)]
     prefills, (held,), made = batches(prompting(0, 40, {0: 2}), instances=busy)
     assert prefills == []
     assert (held.request, 0 in held.instances, held.until_us) == (0, True, LIMITS.hold_us)
-    assert made.taken == mask_of(held.instances)
+    assert made.held
+    prefills, (held,), _ = batches(prompting(0, 40, {0: 2, 1: 2}), prompting(1, 100), instances=busy)
+    assert (prefills, held.instances) == ([], (0, 1))  # nobody else takes what is held
 
 
-def test_no_second_prefill_before_the_first_is_done_where_rows_decode() -> None:
-    row = decoding(0, {0: 1})
-    instances = [instance(0, queued=1, prefilling=1)]
-    assert batches(row, prompting(1, 8), instances=instances, decode_mask=1)[:2] == ([], [])
-    (prefill,), _, _ = batches(row, prompting(1, 8), instances=instances)  # nobody decodes there
+def test_no_second_prefill_before_the_first_is_done() -> None:
+    assert batches(prompting(1, 8), instances=[instance(0, queued=1, prefilling=1)])[0] == []
+    (prefill,), _, _ = batches(prompting(1, 8), instances=[instance(0, queued=1)])
     assert prefill.instances == (0,)
 
 
@@ -104,7 +123,13 @@ def test_a_program_is_asked_for_when_none_is_ready() -> None:
 def test_scored_prompts_have_batches_of_their_own() -> None:
     prompts = prompting(0, 8, score=True), prompting(1, 8), prompting(2, 8, score=True), prompting(3, 8)
     prefills, _, _ = batches(*prompts)
-    assert [([row.request for row in p.rows], p.score) for p in prefills] == [([0, 2], True), ([1, 3], False)]
+    assert {True, False} == {p.score for p in prefills}
+    for prefill in prefills:
+        assert {prompts[request].score for request in _rows(prefill)} == {prefill.score}
+
+
+def _rows(prefill) -> set[int]:
+    return {row.request for row in prefill.rows}
 
 
 def test_scoring_programs_are_asked_for_when_they_are_wanted() -> None:

@@ -9,7 +9,7 @@ import pytest
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.manager import Manager
-from loong_jax.policy.simple_elastic import SimpleElastic
+from loong_jax.policy.elastic import Elastic
 from loong_jax.types import (
     AnyEvent,
     Arrived,
@@ -61,13 +61,19 @@ def test_large_ones_under_load(num_instances: int) -> None:
 
 
 def test_memory_pressure_from_decoding() -> None:
-    """Six requests that together outgrow the pool while they decode."""
+    """Six requests that together outgrow the pool while they decode: after many that ended early nobody expects it."""
     run = Served(make_cluster(2), LimitsConfig(chunk_tokens=16, decode_headroom_pages=0))
     for _ in range(6):
         run.arrive(16, 40)
     run.finish()
-    evictions = len(run.of(Free)) - 6
-    assert evictions > 0
+    assert len(run.of(Free)) == 6  # those who would have to go again never start
+    for _ in range(200):
+        run.arrive(2, 2)
+    run.finish()
+    for _ in range(6):
+        run.arrive(16, 40)
+    run.finish()
+    assert len(run.of(Free)) > 212
 
 
 def test_a_long_prompt_scales_up_and_down_without_migration() -> None:
@@ -104,15 +110,11 @@ def test_decodes_go_on_beside_a_long_prompt() -> None:
     run.arrive(300, 2)
     start = len(run.commands)
     run.finish()
-    kinds = [
-        "p" if isinstance(c, RunPrefill) else "d"
-        for c in run.commands[start:]
-        if isinstance(c, RunPrefill | RunDecode) and 0 in c.instances
-    ]
-    first, last = kinds.index("p"), len(kinds) - kinds[::-1].index("p")
-    between = "".join(kinds[first:last])
-    assert between.count("p") >= 10
-    assert "ppp" not in between
+    rest = run.commands[start:]
+    busy = rest[: next(k for k, c in enumerate(rest) if isinstance(c, Finish))]
+    kinds = "".join("p" if isinstance(c, RunPrefill) else "d" for c in busy if isinstance(c, RunPrefill | RunDecode))
+    assert "ppp" not in kinds
+    assert sum(isinstance(c, RunPrefill) for c in rest) >= 10
 
 
 def test_short_prompts_do_not_wait_for_a_long_one() -> None:
@@ -152,11 +154,11 @@ def test_unready_cluster_waits() -> None:
 def test_decode_step_is_cheap() -> None:
     """32 rows on a group of eight: some 0.15 ms of CPU on an idle machine; the bound leaves room for a busy one."""
     cluster = ClusterConfig(num_instances=8, pages_per_instance=8192)
-    manager = Manager(cluster, LimitsConfig(), SimpleElastic(cluster, LimitsConfig()), unmeasured())
-    pending: list[RunPrefill | RunDecode] = []
+    manager = Manager(cluster, LimitsConfig(), Elastic(cluster, LimitsConfig()), unmeasured())
+    pending: list[RunPrefill | RunDecode | Migrate] = []
 
     def handle(event: AnyEvent) -> None:
-        pending.extend(c for c in manager.handle(event, 0) if isinstance(c, RunPrefill | RunDecode))
+        pending.extend(c for c in manager.handle(event, 0) if isinstance(c, RunPrefill | RunDecode | Migrate))
 
     for program, instances in arcs(cluster):
         handle(ProgramReady(program, instances))
@@ -166,7 +168,8 @@ def test_decode_step_is_cheap() -> None:
     times = []
     while len(times) < 100:
         command = pending.pop(0)
-        rows = [row for row in command.rows if not isinstance(row, PrefillRow) or row.emit]
+        step_rows = () if isinstance(command, Migrate) else command.rows
+        rows = [row for row in step_rows if not isinstance(row, PrefillRow) or row.emit]
         event = StepDone(command.step, (1,) * len(rows), (0.0,) * len(rows))
         start = time.thread_time()
         handle(event)

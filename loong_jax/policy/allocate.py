@@ -1,0 +1,159 @@
+"""Allocation: which instances prefill may take now, and for how long (LoongServe section 5.2, Eq 1 to 4).
+
+What it is: decode groups yield their instances for as long as their rows stay within their token times: rows that are
+ahead of their targets have slack, and a chunk may take it (Eq 1-2, with targets for gains). Where slack is short, rows
+go first; where nobody named a target, chunk and step alternate. Small decode groups move into a larger one when that
+costs less than the instance time it frees (Eq 3-4).
+What it is not: the DoP of a prefill (`batch.py`), or where rows decode (`scale.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from loong_jax.policy.dispatch import expected_output
+from loong_jax.policy.draft import Draft
+from loong_jax.policy.groups import members
+from loong_jax.policy.scale import DecodeGroup
+from loong_jax.policy.times import Times
+from loong_jax.types import Phase, PlannedMigrate, Program, Rehome, RequestView
+
+FAR_BEHIND = 20
+"""A row so many token times behind its target cannot be brought back; others are not held for it."""
+PACE = 0.9
+"""Share of a token time that rows are held to: steps end when they end."""
+WORTH = 4
+"""A chunk beside decodes takes at least so many times the fixed cost of a step, or it is not worth its start."""
+FULL = 0.6
+"""Share of a token time that a decode group's step may take before no more rows are moved into it."""
+GAIN = 0.6
+"""Rows move when that costs less than this share of what staying costs: no row moves to and fro (hysteresis)."""
+
+
+class Allowance(NamedTuple):
+    """`open`: instances that may be given a prefill; `budget_s`: of each instance, how long it may last; `urgent`:
+    instances that only a request which may not be passed any more can take."""
+
+    open: int
+    urgent: int
+    budget_s: list[float]
+    home: int  # instances with decode rows
+
+
+def allowance(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> Allowance:
+    """One prefill at a time on an instance: what comes next is chosen when it is done, with whoever came meanwhile."""
+    limits = draft.limits
+    free = 0
+    for instance in draft.view.instances:
+        if instance.prefilling == 0:
+            free |= 1 << instance.instance
+    free &= draft.room
+    chunk_s = limits.chunk_us * 1e-6
+    budgets = [chunk_s] * len(draft.view.instances)
+    least_s = min(chunk_s, max(WORTH * times.base_s, limits.token_us * 1e-6))
+    only_urgent = home = 0
+    for group in groups:
+        mask = group.mask
+        home |= mask
+        if not free & mask:
+            continue
+        slack_s = _slack_s(draft, group, times, least_s)
+        if slack_s < least_s:
+            if group.targeted or not group.in_flight:
+                only_urgent |= mask
+            slack_s = least_s
+        for instance in members(mask):
+            budgets[instance] = min(budgets[instance], slack_s)
+    return Allowance(free & ~only_urgent, free & only_urgent, budgets, home)
+
+
+def _slack_s(draft: Draft, group: DecodeGroup, times: Times, least_s: float) -> float:
+    """How long a chunk may take before the group's next step, so that no row falls behind its target."""
+    now_us, default_us = draft.view.now_us, draft.limits.token_us
+    step_s = group.step_s(times.cost)
+    slack_us = lost_s = float("inf")
+    for row in group.rows:
+        token_us = PACE * (row.target.tpot_us or default_us)
+        first_us = row.first_token_us if row.first_token_us >= 0 else now_us
+        ahead_us = first_us + token_us * (row.issued - row.prompt_len) - now_us
+        if ahead_us > -FAR_BEHIND * token_us:
+            slack_us = min(slack_us, ahead_us)
+        else:  # cannot be brought back: it does not hold the others, nor is it pushed much further
+            lost_s = least_s
+    return min(lost_s, slack_us * 1e-6 - (2 if group.in_flight else 1) * step_s)
+
+
+def consolidated(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
+    """One row's KV moves, if the instance time that frees is worth the move: of a row that ties two instances together,
+    the smaller part; else the smallest decode group joins the largest."""
+    return _gathered(draft, groups, times) or _joined(draft, groups, times)
+
+
+def _gathered(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
+    for group in groups:
+        if group.mask.bit_count() < 2 or group.mask & ~(draft.room & ~draft.taken):
+            continue
+        spanning = [row for row in group.rows if len(row.resident) > 1]
+        for row in sorted(spanning, key=lambda row: (len(row.resident), row.request)):
+            src, *_, dst = sorted(row.resident, key=lambda r: (r.pages, -draft.load[r.instance], r.instance))
+            left = expected_output(row, draft.view.mean_output) - row.num_generated
+            # A row less that needs them both; when it is the last, every step takes one instance less.
+            stay_s = left * times.cost.decode_s(1, 0, 0, 0) / len(spanning)
+            if _moves_s(draft, times, src.tokens, src.pages) <= GAIN * stay_s:
+                planned = _move(draft, row, src.instance, dst.instance, src.pages)
+                if planned:
+                    return planned
+    return []
+
+
+def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
+    streams = [group for group in groups if group.mask.bit_count() == 1 and group.group is not None]
+    if len(streams) < 2:
+        return []
+    home = max(streams, key=lambda group: (len(group.rows), -group.rows[0].request))
+    (dst,) = members(home.mask)
+    token_s = draft.limits.token_us * 1e-6
+    for group in sorted(streams, key=lambda group: (group.kv_tokens, group.rows[0].request)):
+        rows = len(home.rows) + len(group.rows)
+        if group is home or len(group.rows) > len(home.rows):
+            continue
+        stay_s, move_s = _worth(draft, group, times)
+        after_s = times.cost.decode_s(1, rows, rows, home.kv_tokens + group.kv_tokens)
+        if move_s > GAIN * stay_s or after_s > FULL * token_s:
+            continue
+        row = group.rows[0]
+        if row.resident:
+            planned = _move(draft, row, row.resident[0].instance, dst, row.resident[0].pages)
+            if planned:
+                return planned
+    return []
+
+
+def _move(draft: Draft, row: RequestView, src: int, dst: int, pages: int) -> list[PlannedMigrate]:
+    """The move, if it can be made now and leaves headroom."""
+    mask = 1 << src | 1 << dst
+    program = Program(Phase.MIGRATE, 2, draft.cluster.ladder.move_pages)
+    headroom = draft.limits.decode_headroom_pages * (draft.load[dst] + 1)
+    if mask & ~(draft.room & ~draft.taken) or pages + headroom > draft.free[dst]:
+        return []
+    if (program, (min(src, dst), max(src, dst))) not in draft.view.ready:
+        return []
+    draft.taken |= mask
+    return [PlannedMigrate(Rehome(row.request, src, dst, pages))]
+
+
+def _worth(draft: Draft, group: DecodeGroup, times: Times) -> tuple[float, float]:
+    """Instance seconds of staying apart (the fixed cost of its steps until its rows end), and of moving."""
+    longest = move_s = 0.0
+    for row in group.rows:
+        longest = max(longest, expected_output(row, draft.view.mean_output) - row.num_generated)
+        for resident in row.resident:
+            move_s += _moves_s(draft, times, resident.tokens, resident.pages)
+    return longest * times.cost.decode_s(1, 0, 0, 0), move_s
+
+
+def _moves_s(draft: Draft, times: Times, tokens: int, pages: int) -> float:
+    """Instance seconds of moving so much KV, in steps of `move_pages`."""
+    steps = -(-pages // draft.cluster.ladder.move_pages)
+    return 2 * steps * times.cost.migrate_s(tokens // max(1, steps))
