@@ -42,9 +42,10 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     decode that wait on the same instances run as one iteration. `tick_us`, `prepare_us`: as the live loop wakes up, and
     as long as a program that was asked for takes. `drain_s`: the run ends so long after the last arrival, and what is
     not finished then counts as unfinished. `targets`: requests name the SLO as what they want.
-    `subsets`: programs are READY on every subset of the instances, else on arcs of neighbours as in the live engine. `record`: keep a Span for each step. `check_every`: all invariants after each
-    so many events (0: only those that every event checks itself). `hash_commands`: the event log's hash covers the
-    bytes of all commands. `prompt`: (request, length) to its token ids; zeros by default, as nobody reads them."""
+    `subsets`: programs are READY on every subset of the instances, else on arcs of neighbours as in the live engine.
+    `record`: keep a Span for each step. `check_every`: all invariants after each so many events (0: only those that
+    every event checks itself). `hash_commands`: the event log's hash covers the bytes of all commands. `prompt`:
+    (request, length) to its token ids; zeros by default, as nobody reads them."""
 
     times: StepTimes
     workload: Workload

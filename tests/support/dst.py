@@ -138,7 +138,7 @@ def crowd(policy: str, num_short: int = 600) -> list[int]:
     gap_us = 2200
     listed = [(gap_us * i, 24, 3) for i in range(num_short)]
     listed.insert(long_at, (gap_us * long_at, 480, 3))
-    limits = LimitsConfig(max_running=8, chunk_tokens=64, hold_us=50_000)
+    limits = LimitsConfig(max_running=8, chunk_tokens=64, hold_us=50_000, patience_us=40_000)
     result = run(small_config(listed, cluster=cluster, policy=policy, limits=limits, tick_us=10_000))
     assert result.summary.finished == len(listed), result.summary
     long = result.outcomes[long_at]

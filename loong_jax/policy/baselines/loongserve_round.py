@@ -12,7 +12,7 @@ from typing import NamedTuple
 from loong_jax import buckets
 from loong_jax.policy.baselines.board import Board, Instances, kv_mask
 from loong_jax.policy.baselines.loongserve_dispatch import prefill_s
-from loong_jax.policy.batch import Batching, Slots, Work
+from loong_jax.policy.batch import Batching, Shape, Slots, Work
 from loong_jax.policy.groups import Group, ReadyGroups, mask_of, members
 from loong_jax.types import (
     ContextForm,
@@ -107,11 +107,11 @@ def _exact(board: Board, ready: ReadyGroups, requests: Sequence[RequestView], ma
     order = sorted(requests, key=lambda r: (-r.known, r.request))
     instances = sorted(members(mask), key=lambda i: (-board.free[i], i))
     at = {instance: index for index, instance in enumerate(instances)}
-    shapes: dict[tuple[int, int], int] = {}
+    shapes: dict[tuple[int, int], Shape] = {}
     for group in ready.covering(requests[0].prefill_phase, 0, mask):
         places = sorted(at[i] for i in group.instances)
         if places[-1] - places[0] == group.dop - 1:
-            shapes[places[0], group.dop] = 1 << 40  # a batch may take several steps
+            shapes[places[0], group.dop] = Shape(1 << 40)  # a batch may take several steps
     dops = {dop for _, dop in shapes}
     work = {dop: [Work(r.known, r.known * r.known / 2, 0, 1 / r.known) for r in order] for dop in dops}
     if not dops:
