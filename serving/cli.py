@@ -12,24 +12,24 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import grpc
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from loong_jax.config import ConfigError
+from loong_jax.config import ConfigError, LimitsConfig
 from loong_jax.default_model import DEFAULT_MODEL
 from loong_jax.model.hf_config import CheckpointError
 from serving import flags, launch
 from serving.client import LoongClient, chat_messages, generate_request
+from serving.console import ConsoleReporter
 from serving.engine import EngineConfig
 from serving.errors import PortTaken
 from serving.launch import EngineLost, LaunchConfig
+from serving.measuring import ProfilingError
 from serving.printer import Printer
+from serving.profile import profile as profile_engine
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.server import ServerConfig
 from serving.simulate import simulate as simulate_command
@@ -50,10 +50,6 @@ XLA_CPU_FLAGS = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds": "120",
 }
-
-
-_LINE_S = 5.0
-"""Between two lines about progress, where there is no terminal."""
 
 
 def main() -> None:
@@ -82,6 +78,7 @@ def serve(
     platform: flags.Platform = "default",
     cache_dir: flags.CacheDir = "~/.cache/loong",
     event_log: flags.EventLog = None,
+    cost: flags.CostPath = None,
     drain_s: flags.DrainS = 30.0,
     num_processes: flags.NumProcesses = 1,
     coordinator: flags.Coordinator = None,
@@ -109,16 +106,58 @@ def serve(
             cluster=cluster,
             limits=flags.limits_config(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens),
             policy=policy,
-            dtype=None if flags.one_of("dtype", dtype, "auto", "float32", "bfloat16") == "auto" else dtype,
+            dtype=flags.dtype_of(dtype),
             full_warm_up=flags.one_of("warm-up", warm_up, "minimal", "full") == "full",
             num_processes=num_processes,
             coordinator=coordinator,
         )
         server = ServerConfig(host=host, port=port, drain_s=drain_s)
-        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control)
+        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control, cost)
         _use_platform(platform, engine)
-        with _Console() as reporter:
+        with ConsoleReporter() as reporter:
             asyncio.run(launch.serve(config, reporter))
+
+
+@app.command()
+def profile(
+    out: flags.CostOut,
+    model: flags.Model = DEFAULT_MODEL,
+    instances: flags.Instances = 8,
+    tp: flags.Tp = 1,
+    dtype: flags.Dtype = "auto",
+    pool_tokens: flags.PoolTokens = 65536,
+    page_tokens: flags.PageTokens = 16,
+    ring_tokens: flags.RingTokens = 512,
+    max_running: flags.MaxRunning = 256,
+    dops: flags.Dops = "auto",
+    prefill_buckets: flags.PrefillBuckets = "auto",
+    decode_buckets: flags.DecodeBuckets = "auto",
+    platform: flags.Platform = "default",
+    cache_dir: flags.CacheDir = "~/.cache/loong",
+) -> None:
+    """Measure at most 32 batches on an engine and write its cost model, for loong serve --cost.
+
+    Give the flags that the engine will be served with. The table shows for each batch what a fit predicts that did not
+    see it.
+    """
+    with _told_errors():
+        flags.check_folder(model)
+        cluster = flags.cluster_config(
+            platform=flags.one_of("platform", platform, "default", "cpu"),
+            instances=instances,
+            tp=tp,
+            pool_tokens=pool_tokens,
+            page_tokens=page_tokens,
+            ring_tokens=ring_tokens,
+            max_running=max_running,
+            dops=dops,
+            prefill_buckets=prefill_buckets,
+            decode_buckets=decode_buckets,
+        )
+        engine = EngineConfig(cluster=cluster, limits=LimitsConfig(), dtype=flags.dtype_of(dtype))
+        _use_platform(platform, engine)
+        with ConsoleReporter() as reporter:
+            profile_engine(model, engine, out, _cache_folder(cache_dir), reporter)
 
 
 @app.command()
@@ -133,7 +172,7 @@ def worker(
 
     The leader is `loong serve` with --num-processes, --coordinator and --control; it may start before or after.
     """
-    with _told_errors(), _Console() as reporter:
+    with _told_errors(), ConsoleReporter() as reporter:
         flags.check_folder(model)
         launch.work(
             model,
@@ -161,7 +200,7 @@ def convert(
         from loong_jax.model import convert as conversion
 
         logging.getLogger("absl").setLevel(logging.ERROR)
-        with _Console() as reporter:
+        with ConsoleReporter() as reporter:
             conversion.convert(source, out, progress=reporter.progress("converting"))
             reporter.say(f"made {out}")
 
@@ -281,51 +320,6 @@ def _summary(finished: pb.Finished, first_s: float, total_s: float) -> str:
 # ----------------------------------------------------------------------------------------------------------- details
 
 
-class _Console:
-    """Reporter on standard error: lines, and progress bars where there is a terminal."""
-
-    def __enter__(self) -> _Console:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("jax").setLevel(logging.WARNING)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._progress.start()
-        self._start_s = time.monotonic()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._progress.stop()
-
-    def say(self, message: str) -> None:
-        self._progress.console.print(
-            f"[{time.monotonic() - self._start_s:7.1f} s] {message}", markup=False, highlight=False
-        )
-
-    def progress(self, what: str) -> Callable[[int, int], None]:
-        task: TaskID | None = None
-        said_s = time.monotonic()
-
-        def update(done: int, total: int) -> None:
-            nonlocal task, said_s
-            if task is None:
-                task = self._progress.add_task(what)
-            self._progress.update(task, completed=done, total=total)
-            if done == total:
-                self._progress.remove_task(task)
-                self.say(f"{what}: done")
-            elif not self._progress.console.is_terminal and time.monotonic() - said_s >= _LINE_S:
-                said_s = time.monotonic()
-                self.say(f"{what}: {100 * done // total}%")
-
-        return update
-
-
 class _told_errors:
     """What the world may do wrong ends the command with its words; a bug keeps its traceback."""
 
@@ -351,6 +345,7 @@ _WORLD = (
     ControlError,
     EngineLost,
     PortTaken,
+    ProfilingError,
     TokenizerError,
     grpc.FutureTimeoutError,
 )

@@ -246,6 +246,13 @@ def load(
     return Loaded(Executor(builder, devices, weights, programs, post), programs, needed, others)
 
 
+def devices_in_words(num_devices: int) -> str:
+    """As in "8 x NVIDIA H200"."""
+    import jax
+
+    return f"{num_devices} x {jax.devices()[0].device_kind}"
+
+
 def warm_up(loaded: Loaded, post: Callable[[AnyEvent], None], progress: Progress | None = None) -> None:
     """Compile what readiness needs, and have the rest compiled in the background."""
     loaded.programs.warm_up(loaded.needed, progress)

@@ -61,6 +61,10 @@ CacheDir = Annotated[
 EventLog = Annotated[
     Path | None, typer.Option(help="File for all events, to be replayed by scripts/replay.py. Default: none.")
 ]
+CostPath = Annotated[
+    Path | None, typer.Option(help="Cost model measured by loong profile. Default: one that claims no numbers.")
+]
+CostOut = Annotated[Path, typer.Option("--out", help="File for the cost model.", show_default=False)]
 DrainS = Annotated[float, typer.Option(min=0, help="Time for open streams after the first signal, in seconds.")]
 NumProcesses = Annotated[int, typer.Option(min=1, help="Processes of this engine; all but this one are workers.")]
 Coordinator = Annotated[
@@ -150,6 +154,11 @@ def cluster_config(
 
 def limits_config(*, max_waiting: int, max_running: int, chunk_tokens: int) -> LimitsConfig:
     return LimitsConfig(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens)
+
+
+def dtype_of(dtype: str) -> str | None:
+    """None: the checkpoint's. Raises ConfigError."""
+    return None if one_of("dtype", dtype, "auto", "float32", "bfloat16") == "auto" else dtype
 
 
 def check_folder(model: Path) -> None:

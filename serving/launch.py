@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from loong_jax.config import ModelConfig
+from loong_jax.cost.file import read_cost
+from loong_jax.cost.roofline import shape_of
 from loong_jax.types import AnyEvent
 from serving import engine as engines
 from serving.cluster import CompletionMerger, ControlServer, FanOutExecutor
@@ -31,7 +33,8 @@ T = TypeVar("T")
 
 
 class LaunchConfig(msgspec.Struct, frozen=True):
-    """One serving process. `control_address`: where workers join, with several processes."""
+    """One serving process. `control_address`: where workers join, with several processes. `cost`: a file of loong
+    profile; None: a cost model that claims no numbers."""
 
     directory: Path
     engine: EngineConfig
@@ -39,6 +42,7 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     cache_dir: Path | None = None
     event_log: Path | None = None
     control_address: str = "127.0.0.1:50052"
+    cost: Path | None = None
 
 
 class Reporter(Protocol):
@@ -111,7 +115,11 @@ class _Leader:
 
     async def run(self) -> None:
         model = engines.read_model(self._config.directory, self._config.engine.dtype)
-        config = msgspec.structs.replace(self._config, engine=engines.for_model(self._config.engine, model))
+        engine_config = engines.for_model(self._config.engine, model)
+        if self._config.cost is not None:
+            cost = read_cost(self._config.cost, shape_of(model), engine_config.cluster.tp)
+            engine_config = msgspec.structs.replace(engine_config, cost=cost.coefficients)
+        config = msgspec.structs.replace(self._config, engine=engine_config)
         self._config = config
         tokenizer = Tokenizer.load(config.directory)
         engine = Engine(

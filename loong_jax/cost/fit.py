@@ -7,8 +7,10 @@ refit in the live engine imports nothing. What it is not: a choice of features (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
 
+MAX_COLUMNS = 32
+_ROUNDS = 10  # per column; a few are enough
+_FLAT = 1e-12  # a slope that is only rounding
 _SINGULAR = 1e-12  # of a column's squared length that is left beside the others
 
 
@@ -18,11 +20,10 @@ def relative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[
 
 
 def nonnegative(rows: Sequence[Sequence[float]], targets: Sequence[float], least: Sequence[float] = ()) -> list[float]:
-    """Coefficients c >= `least` (0 by default) that minimise the sum of (row . c - target)^2, exactly: the best of all
-    sets of columns that are above it. Columns that are zero, or sums of others, get the least. Raises ValueError
-    without rows or with more than 8 columns."""
-    if not rows or len(rows[0]) > 8:
-        raise ValueError("a fit needs rows, and at most 8 columns")
+    """Coefficients c >= `least` (0 by default) that minimise the sum of (row . c - target)^2. Columns that are zero, or
+    sums of others, get the least. Raises ValueError without rows or with more than MAX_COLUMNS columns."""
+    if not rows or len(rows[0]) > MAX_COLUMNS:
+        raise ValueError(f"a fit needs rows, and at most {MAX_COLUMNS} columns")
     num = len(rows[0])
     if least:
         targets = [t - p for t, p in zip(targets, predicted(rows, least), strict=True)]
@@ -31,20 +32,43 @@ def nonnegative(rows: Sequence[Sequence[float]], targets: Sequence[float], least
     unit = [[x / scale for x, scale in zip(row, scales, strict=True)] for row in rows]
     gram = [[sum(row[i] * row[j] for row in unit) for j in range(num)] for i in range(num)]
     moment = [sum(row[i] * t for row, t in zip(unit, targets, strict=True)) for i in range(num)]
-    best, best_gain = [0.0] * num, 0.0
-    for size in range(1, num + 1):
-        for columns in combinations(range(num), size):
-            solved = _solve(gram, moment, columns)
-            if solved is None or min(solved) < 0:
-                continue
-            gain = sum(
-                c * moment[j] for c, j in zip(solved, columns, strict=True)
-            )  # what it takes off the sum of squares
-            if gain > best_gain:
-                best_gain, best = gain, [0.0] * num
-                for c, j in zip(solved, columns, strict=True):
-                    best[j] = c / scales[j]
-    return best
+    found = _active_set(gram, moment)
+    return [c / scale for c, scale in zip(found, scales, strict=True)]
+
+
+def _active_set(gram: list[list[float]], moment: list[float]) -> list[float]:
+    """Lawson and Hanson's method (Solving Least Squares Problems, chapter 23) on the normal equations of unit columns:
+    the column that would help most comes in; those that would turn negative go out."""
+    num = len(moment)
+    found = [0.0] * num
+    used: list[int] = []
+    barred: set[int] = set()  # depend on columns in use
+    for _ in range(_ROUNDS * num):
+        slope = [m - sum(g * c for g, c in zip(line, found, strict=True)) for m, line in zip(moment, gram, strict=True)]
+        candidates = [j for j in range(num) if j not in used and j not in barred and slope[j] > _FLAT]
+        if not candidates:
+            break
+        best = candidates[0]
+        for j in candidates:
+            best = j if slope[j] > slope[best] else best
+        solved = _solve(gram, moment, [*used, best])
+        if solved is None or solved[-1] <= 0:  # a column that says nothing new, but for rounding
+            barred.add(best)
+            continue
+        used.append(best)
+        barred.clear()
+        while solved and min(solved) <= 0:
+            step = min(found[j] / (found[j] - c) for j, c in zip(used, solved, strict=True) if c <= 0)
+            for j, c in zip(used, solved, strict=True):
+                found[j] += step * (c - found[j])
+            kept = [j for j, c in zip(used, solved, strict=True) if found[j] > _SINGULAR or c > 0]
+            for j in set(used) - set(kept):
+                found[j] = 0.0
+            used = kept
+            solved = _solve(gram, moment, used) or []
+        for j, c in zip(used, solved, strict=True):
+            found[j] = c
+    return found
 
 
 def _solve(gram: list[list[float]], moment: list[float], columns: Sequence[int]) -> list[float] | None:

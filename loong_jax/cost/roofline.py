@@ -37,7 +37,7 @@ class Efficiency(msgspec.Struct, frozen=True):
     migrate_link: float
 
 
-class Shape(msgspec.Struct, frozen=True):
+class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model in the numbers that cost time. Bytes are those of bf16 or float32 weights and KV."""
 
     num_layers: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -38,6 +39,24 @@ def test_no_feasible_point_nearby_is_better(seed: int) -> None:
                 assert squares(other) >= squares(found) - 1e-12
 
 
+@given(st.integers(0, 10_000))
+def test_equals_the_best_of_all_sets_of_columns(seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [[rng.gauss(0.5, 1) for _ in range(5)] for _ in range(9)]
+    targets = [rng.gauss(0.5, 1) for _ in range(9)]
+    best = sum(t * t for t in targets)
+    for size in range(1, 6):
+        for columns in itertools.combinations(range(5), size):
+            cut = np.array(rows)[:, columns]
+            c = np.linalg.lstsq(cut, np.array(targets), rcond=None)[0]
+            if (c >= 0).all():
+                best = min(best, float(((cut @ c - targets) ** 2).sum()))
+    found = fit.nonnegative(rows, targets)
+    assert min(found) >= 0
+    squares = sum((p - t) ** 2 for p, t in zip(fit.predicted(rows, found), targets, strict=True))
+    assert squares == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
 def test_agrees_with_numpy_where_nothing_is_bound() -> None:
     rng = np.random.default_rng(0)
     matrix = rng.uniform(1, 2, (30, 5))
@@ -54,8 +73,8 @@ def test_columns_that_say_nothing_get_nothing() -> None:
 def test_bounds() -> None:
     with pytest.raises(ValueError, match="rows"):
         fit.nonnegative([], [])
-    with pytest.raises(ValueError, match="8 columns"):
-        fit.nonnegative([[1.0] * 9], [1.0])
+    with pytest.raises(ValueError, match="32 columns"):
+        fit.nonnegative([[1.0] * 33], [1.0])
 
 
 def test_leaving_a_group_out_really_leaves_it_out() -> None:
