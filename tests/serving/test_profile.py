@@ -13,7 +13,9 @@ from loong_jax.cost.roofline import shape_of
 from loong_jax.model.hf_config import read_config
 from serving.profile import table
 
-FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "models" / "mha"
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURE = ROOT / "tests" / "fixtures" / "models" / "mha"
+CACHE = str(ROOT / ".cache" / "test-serve")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -26,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_every_batch_is_measured_and_the_file_is_of_that_model(tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     done = run(
-        str(FIXTURE), "--out", str(out), "--platform", "cpu", "--instances", "1", "--cache-dir", "none",
+        str(FIXTURE), "--out", str(out), "--platform", "cpu", "--instances", "1", "--cache-dir", CACHE,
         "--pool-tokens", "512", "--max-running", "8", "--prefill-buckets", "64", "--decode-buckets", "4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
