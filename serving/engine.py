@@ -25,6 +25,7 @@ from loong_jax.types import AnyCommand, AnyEvent, Phase, Program, ProgramReady
 from serving.loop import EngineLoop, ExecutorLike
 from serving.sampling_params import SamplingLimits
 from serving.state import EngineState
+from serving.step_times import StepTimes
 from serving.validation import ValidationLimits
 
 if TYPE_CHECKING:
@@ -109,9 +110,14 @@ class Engine:
             log = EventLogWriter(event_log, header)
         self._programs: Programs | None = None
         self._on_ready = on_ready
-        state = EngineState(kv_token_bytes=kv_token_bytes(model), compiles_after_ready=self._compiles_after_ready)
+        manager = Manager(cluster, limits, POLICIES[config.policy](cluster, limits), cost)
+        state = EngineState(
+            kv_token_bytes=kv_token_bytes(model),
+            compiles_after_ready=self._compiles_after_ready,
+            step_times=StepTimes(cost, manager.state.ledger.tokens, cluster.num_instances),
+        )
         self.loop = EngineLoop(
-            Manager(cluster, limits, POLICIES[config.policy](cluster, limits), cost),
+            manager,
             state,
             event_log=log,
             on_ready=self._ready,

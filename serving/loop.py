@@ -276,6 +276,9 @@ class EngineLoop:
                     self._take(event, now_us)
             else:
                 self._take(item, now_us)
+                update = self._state.cost_update(now_us)
+                if update is not None:
+                    self._take(update, now_us)
             if not self._ready_told and self._state.ready:
                 self._ready_told = True
                 self._on_ready()

@@ -13,12 +13,14 @@ from loong_jax.types import (
     AnyCommand,
     AnyEvent,
     Arrived,
+    CostUpdated,
     Drain,
     Emit,
     Finish,
     Fork,
     Forked,
     Migrate,
+    Phase,
     Program,
     ProgramReady,
     Reject,
@@ -29,8 +31,10 @@ from loong_jax.types import (
     View,
 )
 from serving.proto.loong.v1 import loong_pb2 as pb
+from serving.step_times import StepTimes
 
 _WINDOW_US = 1_000_000
+_PHASES = {Phase.PREFILL: pb.PHASE_PREFILL, Phase.DECODE: pb.PHASE_DECODE}
 _GroupKey = tuple[pb.Phase, tuple[int, ...]]  # phase, instances
 
 
@@ -59,10 +63,18 @@ class _Group:
 
 
 class EngineState:
-    """`kv_token_bytes`: KV of one token over all layers. `compiles_after_ready`: asked at each snapshot."""
+    """`kv_token_bytes`: KV of one token over all layers. `compiles_after_ready`: asked at each snapshot. `step_times`:
+    compares predictions, where there is a cost model."""
 
-    def __init__(self, *, kv_token_bytes: int, compiles_after_ready: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        *,
+        kv_token_bytes: int,
+        compiles_after_ready: Callable[[], int],
+        step_times: StepTimes | None = None,
+    ) -> None:
         self._kv_token_bytes = kv_token_bytes
+        self._step_times = step_times
         self._missing: set[tuple[Program, tuple[int, ...]]] | None = None
         self._compiles_after_ready = compiles_after_ready
         self._num_programs = 0
@@ -86,6 +98,8 @@ class EngineState:
     # ------------------------------------------------------------------------------------------------- the tape
 
     def saw_event(self, event: AnyEvent, now_us: int) -> None:
+        if self._step_times is not None:
+            self._step_times.saw_event(event, now_us)
         if isinstance(event, StepDone):
             self._step_over(event.step, now_us)
         elif isinstance(event, Arrived):
@@ -102,7 +116,13 @@ class EngineState:
         elif isinstance(event, Drain):
             self._draining = True
 
+    def cost_update(self, now_us: int) -> CostUpdated | None:
+        """An event that corrects the cost model, now and then."""
+        return None if self._step_times is None else self._step_times.cost_update(now_us)
+
     def saw_command(self, command: AnyCommand, now_us: int) -> None:
+        if self._step_times is not None:
+            self._step_times.saw_command(command, now_us)
         if isinstance(command, Emit):
             self._tokens_generated += len(command.tokens)
         elif isinstance(command, RunDecode):
@@ -192,6 +212,13 @@ class EngineState:
         counters.tokens_generated = self._tokens_generated
         counters.engine_cpu_us = time.thread_time_ns() // 1000
         counters.compiles_after_ready = self._compiles_after_ready()
+        predictions: list[pb.Prediction] = []
+        if self._step_times is not None:
+            counters.cost_refits = self._step_times.num_refits
+            predictions = [
+                pb.Prediction(phase=_PHASES[seen.phase], steps=seen.num_steps, error=seen.error, bias=seen.bias)
+                for seen in self._step_times.phase_errors()
+            ]
         groups = [
             pb.Group(
                 phase=phase,
@@ -221,4 +248,5 @@ class EngineState:
             requests_running=len(self._group_of),
             requests_waiting=len(self._waiting),
             programs_ready=self._num_programs,
+            predictions=predictions,
         )

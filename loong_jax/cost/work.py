@@ -5,7 +5,6 @@ What it is: arithmetic over a command's rows. What it is not: a price (`fitted.p
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 from loong_jax.cost import CostModel
@@ -54,11 +53,12 @@ def prefill_work(command: RunPrefill) -> PrefillWork:
 
 def decode_work(command: RunDecode, kv_tokens: KvTokens) -> DecodeWork:
     """Costs a look at each row: the live loop takes it of a few steps only."""
-    held: Counter[int] = Counter()
-    masters: Counter[int] = Counter()
+    held: dict[int, int] = {}
+    masters: dict[int, int] = {}
     for row in command.rows:
-        masters[row.master] += 1
-        held.update(kv_tokens(row.request))
+        masters[row.master] = masters.get(row.master, 0) + 1
+        for instance, tokens in kv_tokens(row.request).items():
+            held[instance] = held.get(instance, 0) + tokens
     fullest = max(held.values(), default=0)
     return DecodeWork(len(command.instances), len(command.rows), max(masters.values()), fullest)
 

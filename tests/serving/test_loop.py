@@ -4,11 +4,32 @@ import asyncio
 import threading
 
 import pytest
+from replay import replay
 
-from loong_jax.types import Aborted, Emit, Finish, Reject, Sampling, Tick
+from loong_jax import __version__
+from loong_jax.config import ClusterConfig, LadderConfig, LimitsConfig
+from loong_jax.cost.unmeasured import unmeasured
+from loong_jax.eventlog import EventLogWriter, LogHeader, read_event_log
+from loong_jax.manager import Manager
+from loong_jax.policy import POLICIES
+from loong_jax.types import (
+    Aborted,
+    CostUpdated,
+    DecodeRow,
+    Emit,
+    Finish,
+    ProgramReady,
+    Reject,
+    RunDecode,
+    RunPrefill,
+    Sampling,
+    StepDone,
+    Tick,
+)
 from serving.errors import EngineFailed
 from serving.loop import Crashed, EngineLoop, Prefilled
 from serving.state import EngineState
+from serving.step_times import StepTimes
 from tests.support.fake_engine import FakeExecutor, FakeManager, echo
 
 
@@ -153,3 +174,48 @@ def test_the_event_that_breaks_the_manager_is_the_last_in_the_log():
         assert log.frames[-1][2] == ()
 
     asyncio.run(run())
+
+
+class StepTaker:
+    """An executor whose steps are done at once."""
+
+    def __init__(self, post):
+        self._post = post
+
+    def submit(self, command):
+        if isinstance(command, RunPrefill | RunDecode):
+            rows = [row for row in command.rows if isinstance(row, DecodeRow) or row.emit]
+            self._post(StepDone(command.step, (5,) * len(rows), (-0.5,) * len(rows)))
+
+    def close(self):
+        pass
+
+
+def test_the_cost_model_is_refitted_by_events_and_the_log_replays(tmp_path, capsys):
+    cluster = ClusterConfig(1, pages_per_instance=64, slots=4, ladder=LadderConfig(dops=(1,), decode_rows=(4,)))
+    cost = unmeasured(cluster.ladder)
+    header = LogHeader(__version__, cluster, LimitsConfig(), "elastic", dict(cost.coefficients))
+    manager = Manager(cluster, header.limits, POLICIES[header.policy](cluster, header.limits), cost)
+    times = StepTimes(cost, manager.state.ledger.tokens, 1, refit_us=1)
+    state = EngineState(kv_token_bytes=1, compiles_after_ready=lambda: 0, step_times=times)
+
+    async def run():
+        loop = EngineLoop(manager, state, event_log=EventLogWriter(tmp_path / "log", header))
+        loop.start(StepTaker(loop.post), (), asyncio.get_running_loop())
+        for program in cluster.ladder.programs():
+            loop.post(ProgramReady(program, (0,)))
+        for request in range(40):
+            sink = ListSink()
+            loop.arrive(prompt(*range(1, 20 + request)), 3, Sampling(), (), sink)
+            await asyncio.wait_for(sink.done.wait(), 5)
+        told = await asyncio.wrap_future(loop.ask_state())
+        assert told.counters.cost_refits == times.num_refits >= 1
+        await asyncio.to_thread(loop.close)
+
+    asyncio.run(run())
+    _, frames = read_event_log(tmp_path / "log")
+    updates = [frame.event for frame in frames if isinstance(frame.event, CostUpdated)]
+    assert len(updates) == times.num_refits
+    assert manager.cost.coefficients == times.cost.coefficients != cost.coefficients
+    assert replay(tmp_path / "log", describe=False) == 0
+    assert "all bytes equal" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The account of the elastic state, from a tape of events and commands."""
 
+from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.types import (
     Arrived,
     ContextForm,
@@ -25,6 +26,7 @@ from loong_jax.types import (
 )
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.state import EngineState
+from serving.step_times import StepTimes
 from tests.support.views import SeenView
 
 S = Sampling()
@@ -144,3 +146,16 @@ def test_ready_when_all_needed_programs_are():
     tape.play(ProgramReady(*needed[0]))
     assert tape.state.ready
     assert tape.snapshot().programs_ready == 3
+
+
+def test_predictions_are_told_by_phase():
+    times = StepTimes(unmeasured(), lambda request: {}, 2)
+    state = EngineState(kv_token_bytes=100, compiles_after_ready=lambda: 0, step_times=times)
+    state.saw_command(prefill(0, (0, 1), [1]), 0)
+    state.saw_event(StepDone(0), 1_000_000)
+    told = state.snapshot(SeenView(16, ()), 1_000_000)
+    assert [(p.phase, p.steps) for p in told.predictions] == [(pb.PHASE_PREFILL, 1)]
+    assert 0.9 < told.predictions[0].error <= 1
+    assert told.predictions[0].bias == -told.predictions[0].error
+    assert told.counters.cost_refits == 0
+    assert state.cost_update(0) is None

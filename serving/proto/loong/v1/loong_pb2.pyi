@@ -211,7 +211,7 @@ class WatchStateRequest(_message.Message):
     def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
 
 class State(_message.Message):
-    __slots__ = ("now_us", "ready", "draining", "groups", "instances", "counters", "requests_running", "requests_waiting", "programs_ready")
+    __slots__ = ("now_us", "ready", "draining", "groups", "instances", "counters", "requests_running", "requests_waiting", "programs_ready", "predictions")
     NOW_US_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +221,7 @@ class State(_message.Message):
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     PROGRAMS_READY_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     now_us: int
     ready: bool
     draining: bool
@@ -230,7 +231,8 @@ class State(_message.Message):
     requests_running: int
     requests_waiting: int
     programs_ready: int
-    def __init__(self, now_us: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., programs_ready: _Optional[int] = ...) -> None: ...
+    predictions: _containers.RepeatedCompositeFieldContainer[Prediction]
+    def __init__(self, now_us: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., programs_ready: _Optional[int] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("phase", "dop", "instances", "requests", "tokens_per_s")
@@ -258,8 +260,20 @@ class Instance(_message.Message):
     alive: bool
     def __init__(self, index: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., alive: _Optional[bool] = ...) -> None: ...
 
+class Prediction(_message.Message):
+    __slots__ = ("phase", "steps", "error", "bias")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    phase: Phase
+    steps: int
+    error: float
+    bias: float
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., steps: _Optional[int] = ..., error: _Optional[float] = ..., bias: _Optional[float] = ...) -> None: ...
+
 class Counters(_message.Message):
-    __slots__ = ("scale_ups", "scale_downs", "kv_bytes_migrated", "kv_bytes_rehomed", "compiles_after_ready", "steps_prefill", "steps_decode", "tokens_prefilled", "tokens_generated", "requests_finished", "requests_refused", "steps_failed", "engine_cpu_us")
+    __slots__ = ("scale_ups", "scale_downs", "kv_bytes_migrated", "kv_bytes_rehomed", "compiles_after_ready", "steps_prefill", "steps_decode", "tokens_prefilled", "tokens_generated", "requests_finished", "requests_refused", "steps_failed", "engine_cpu_us", "cost_refits")
     SCALE_UPS_FIELD_NUMBER: _ClassVar[int]
     SCALE_DOWNS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_MIGRATED_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +287,7 @@ class Counters(_message.Message):
     REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     STEPS_FAILED_FIELD_NUMBER: _ClassVar[int]
     ENGINE_CPU_US_FIELD_NUMBER: _ClassVar[int]
+    COST_REFITS_FIELD_NUMBER: _ClassVar[int]
     scale_ups: int
     scale_downs: int
     kv_bytes_migrated: int
@@ -286,4 +301,5 @@ class Counters(_message.Message):
     requests_refused: int
     steps_failed: int
     engine_cpu_us: int
-    def __init__(self, scale_ups: _Optional[int] = ..., scale_downs: _Optional[int] = ..., kv_bytes_migrated: _Optional[int] = ..., kv_bytes_rehomed: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., steps_prefill: _Optional[int] = ..., steps_decode: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_refused: _Optional[int] = ..., steps_failed: _Optional[int] = ..., engine_cpu_us: _Optional[int] = ...) -> None: ...
+    cost_refits: int
+    def __init__(self, scale_ups: _Optional[int] = ..., scale_downs: _Optional[int] = ..., kv_bytes_migrated: _Optional[int] = ..., kv_bytes_rehomed: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., steps_prefill: _Optional[int] = ..., steps_decode: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_refused: _Optional[int] = ..., steps_failed: _Optional[int] = ..., engine_cpu_us: _Optional[int] = ..., cost_refits: _Optional[int] = ...) -> None: ...
