@@ -51,6 +51,8 @@ WORKLOADS = (
     Case("azure"), Case("mooncake"), Case("arxiv"), Case("mixed", "bursts"),
 )  # fmt: skip
 LOADS = (0.15, 0.3, 0.45, 0.6, 0.75)
+GRID_S, LEAST_REQUESTS, MOST_REQUESTS = 40.0, 200, 500
+"""As many requests as come in so long, within bounds."""
 
 SYSTEMS = (
     "loongserve_2024", "loongserve", "chunked@1x8/1024", "chunked@1x8/4096", "fixed_sp/1024", "replicas/1024",
@@ -170,7 +172,7 @@ def grid(
     for case in cases:
         bound = bound_of(case, traces)
         for load in loads:
-            num_requests = round(min(800, max(200, 60 * load * bound)))
+            num_requests = round(min(MOST_REQUESTS, max(LEAST_REQUESTS, GRID_S * load * bound)))
             for policy in policies:
                 wanted = {
                     "kind": "grid", "policy": policy, "workload": case.text, "load": load,
