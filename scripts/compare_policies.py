@@ -51,8 +51,8 @@ WORKLOADS = (
     Case("azure"), Case("mooncake"), Case("arxiv"), Case("mixed", "bursts"),
 )  # fmt: skip
 LOADS = (0.15, 0.3, 0.45, 0.6, 0.75)
-GRID_S, LEAST_REQUESTS, MOST_REQUESTS = 40.0, 200, 500
-"""As many requests as come in so long, within bounds."""
+GRID_S, LEAST_REQUESTS, MOST_REQUESTS = 100.0, 150, 1500
+"""As many requests as come in so long, within bounds: several times the 15 s that a first token may take."""
 
 SYSTEMS = (
     "loongserve_2024", "loongserve", "chunked@1x8/1024", "chunked@1x8/4096", "fixed_sp/1024", "replicas/1024",
@@ -70,8 +70,8 @@ PAPER = {
 }
 """P90 goodput of figure 12, requests per second, for Zipf 1.0, 1.2 and 1.4."""
 ZIPF = ("zipf-1.0", "zipf-1.2", "zipf-1.4")
-ABLATION_REQUESTS = 600
-ABLATION_ROUNDS = 5
+ABLATION_S, ABLATION_REQUESTS, ABLATION_ROUNDS = 150.0, 600, 5
+"""Requests of so many seconds, and at least so many."""
 
 
 class Results:
@@ -157,7 +157,7 @@ def ablation(results: Results, policies: Iterable[str]) -> None:
                 load = (low + high) / 2
                 wanted = {
                     "kind": "ablation", "policy": policy, "workload": workload, "load": load,
-                    "num_requests": ABLATION_REQUESTS,
+                    "num_requests": max(ABLATION_REQUESTS, round(ABLATION_S * load * bound)),
                 }  # fmt: skip
                 line = do(results, wanted, case, load * bound, None)
                 if line["attainment"] >= P90:

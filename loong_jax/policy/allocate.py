@@ -9,6 +9,7 @@ What it is not: the DoP of a prefill (`batch.py`), or where rows decode (`scale.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -95,8 +96,10 @@ def _gathered(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list
         if group.mask.bit_count() < 2 or group.mask & ~(draft.room & ~draft.taken):
             continue
         spanning = [row for row in group.rows if len(row.resident) > 1]
+        # Towards the other rows: a row that was moved to them in part does not come back.
+        rows_on = Counter(resident.instance for row in group.rows for resident in row.resident)
         for row in sorted(spanning, key=lambda row: (len(row.resident), row.request)):
-            src, *_, dst = sorted(row.resident, key=lambda r: (r.pages, -draft.load[r.instance], r.instance))
+            src, *_, dst = sorted(row.resident, key=lambda r: (rows_on[r.instance], r.pages, r.instance))
             left = expected_output(row, draft.view.mean_output) - row.num_generated
             # A row less that needs them both; when it is the last, every step takes one instance less.
             stay_s = left * times.cost.decode_s(1, 0, 0, 0) / len(spanning)

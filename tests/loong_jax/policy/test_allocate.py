@@ -80,3 +80,11 @@ def test_nothing_moves_for_little_or_where_there_is_no_room() -> None:
     rows[3] = decoding(3, {1: 2})
     made = draft(rows, [instance(0, free=3), instance(1), instance(2), instance(3)])
     assert consolidated(made, DecodePlanner(made, rows).groups, Times(made.cluster, made.cost)) == []
+
+
+def test_a_row_that_moved_in_part_goes_on_towards_the_others() -> None:
+    """Its larger part is where it came from; were that to decide, it would move to and fro for ever."""
+    rows = [decoding(i, {0: 2}) for i in range(3)] + [decoding(3, {0: 1, 1: 4})]
+    made = draft(rows, [instance(0, free=9), instance(1, free=12), instance(2), instance(3)])
+    (move,) = consolidated(made, DecodePlanner(made, rows).groups, Times(made.cluster, made.cost))
+    assert move.rehome == Rehome(3, 1, 0, 4)
