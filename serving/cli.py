@@ -63,6 +63,8 @@ def serve(
     tp: flags.Tp = 1,
     host: flags.Host = "127.0.0.1",
     port: flags.Port = 50051,
+    http_port: flags.HttpPort = 0,
+    served_model_name: flags.ServedModelName = None,
     dtype: flags.Dtype = "auto",
     pool_tokens: flags.PoolTokens = 65536,
     page_tokens: flags.PageTokens = 16,
@@ -84,7 +86,7 @@ def serve(
     coordinator: flags.Coordinator = None,
     control: flags.Control = "127.0.0.1:50052",
 ) -> None:
-    """Serve a checkpoint over gRPC, until SIGTERM or SIGINT (drains; a second one ends at once).
+    """Serve a checkpoint over gRPC, and HTTP if asked, until SIGTERM or SIGINT (drains; a second one ends at once).
 
     Ready when the standard health service says SERVING.
     """
@@ -112,7 +114,8 @@ def serve(
             coordinator=coordinator,
         )
         server = ServerConfig(host=host, port=port, drain_s=drain_s)
-        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control, cost)
+        http = flags.http_config(host=host, port=http_port, model=model, name=served_model_name)
+        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control, cost, http)
         _use_platform(platform, engine)
         with ConsoleReporter() as reporter:
             asyncio.run(launch.serve(config, reporter))

@@ -37,6 +37,10 @@ class InvalidField(Refusal):
         self.field = field
 
 
+class TooLong(InvalidField):
+    """A prompt that can never fit, or leaves no room for what was asked."""
+
+
 class UnknownRequest(Refusal):
     code = grpc.StatusCode.NOT_FOUND
 
@@ -70,7 +74,7 @@ _BY_REASON: dict[RejectReason, type[Refusal]] = {
 def rejected(reason: RejectReason, message: str, prompt_field: str) -> Refusal:
     """The refusal that says what the manager's Reject says."""
     if reason is RejectReason.TOO_LARGE:
-        return InvalidField(prompt_field, message)
+        return TooLong(prompt_field, message)
     return _BY_REASON[reason](message)
 
 

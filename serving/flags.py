@@ -14,6 +14,7 @@ import typer
 
 from loong_jax.config import ClusterConfig, ConfigError, LadderConfig, LimitsConfig, ladder_for
 from loong_jax.policy import POLICIES
+from serving.http.config import HttpConfig
 
 Model = Annotated[
     Path,
@@ -26,6 +27,13 @@ Instances = Annotated[int, typer.Option(help="Instances; each holds one copy of 
 Tp = Annotated[int, typer.Option(help="Devices of an instance (tensor parallelism).")]
 Host = Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0: any free one.")]
+HttpPort = Annotated[
+    int,
+    typer.Option(min=0, max=65535, help="Port of the OpenAI-compatible HTTP listener, on the same address; 0: none."),
+]
+ServedModelName = Annotated[
+    str | None, typer.Option(help="The model's name over HTTP. Default: the folder's.", show_default=False)
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.")]
 PoolTokens = Annotated[int, typer.Option(min=1, help="KV of all instances together, in tokens.")]
 PageTokens = Annotated[int, typer.Option(min=1, help="Tokens of a page.")]
@@ -150,6 +158,14 @@ def cluster_config(
         slots=max_running,
         ladder=ladder,
     )
+
+
+def http_config(*, host: str, port: int, model: Path, name: str | None) -> HttpConfig | None:
+    """None without a port. Raises ConfigError."""
+    name = model.resolve().name if name is None else name
+    if not (1 <= len(name) <= 200 and name.isprintable()):
+        raise ConfigError(f"served-model-name: {name[:200]!r} has not 1 to 200 printable characters")
+    return HttpConfig(host=host, port=port, model_name=name, model_root=str(model)) if port else None
 
 
 def limits_config(*, max_waiting: int, max_running: int, chunk_tokens: int) -> LimitsConfig:

@@ -12,17 +12,20 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from serving.errors import DuplicateRequest, NotServing, Refusal, UnknownRequest
+from serving.errors import DuplicateRequest, InvalidField, NotServing, Refusal, UnknownRequest
 from serving.loop import EngineLoop
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.sampling_params import MAX_SEED
 from serving.stream import RequestStream, StreamObserver, StreamStart
 from serving.tokenizer import Tokenizer
-from serving.validation import Ask, ValidationLimits, check_prompt, check_request
+from serving.validation import Ask, ValidationLimits, check_field, check_prompt, check_request, check_tokens
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Admitted(NamedTuple):
@@ -108,7 +111,28 @@ class Generator:
         for number in numbers:
             self._loop.abort(number)
 
-    async def encode(self, request: pb.GenerateRequest) -> list[int]:
+    async def tokenize(self, request: pb.GenerateRequest, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt. Special tokens are the tokenizer's for text, the template's for messages. Raises
+        InvalidField."""
+        check_field(
+            request,
+            self.limits,
+            has_tokenizer=self.tokenizer is not None,
+            has_chat_template=self.has_chat_template,
+        )
+        if request.WhichOneof("prompt") == "text" and not add_special_tokens:
+            assert self.tokenizer is not None, "check_field refuses text without a tokenizer"
+            return await self._in_encoder(self.tokenizer.encode_chat, request.text)
+        return await self._encode(request)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Their text, without special tokens. Raises InvalidField."""
+        if self.tokenizer is None:
+            raise InvalidField("tokens", "this model has no tokenizer.json")
+        check_tokens(token_ids, "tokens", self.limits)
+        return await self._in_encoder(self.tokenizer.decode, token_ids)
+
+    async def _encode(self, request: pb.GenerateRequest) -> list[int]:
         """The token ids of a checked request's text or messages. Raises InvalidField."""
         assert self.tokenizer is not None, "check_request refuses text without a tokenizer"
         if request.WhichOneof("prompt") == "text":
@@ -118,8 +142,8 @@ class Generator:
         text = await run(self._renderer, self.tokenizer.render_chat, messages, time.time())
         return await self._in_encoder(self.tokenizer.encode_chat, text)
 
-    async def _in_encoder(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode, text)
+    async def _in_encoder(self, work: Callable[[A], B], given: A) -> B:
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, work, given)
 
     def close(self) -> None:
         if self.tokenizer is not None:
@@ -139,7 +163,7 @@ class Generator:
         admitted: Callable[[Admitted], Awaitable[None]],
         write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
     ) -> None:
-        token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self.encode(request)
+        token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self._encode(request)
         prompt, max_tokens = check_prompt(token_ids, request, ask, self.limits)
         streams = self._streams(request, ask, request_id, token_ids, arrived_us)
         first, *others = streams

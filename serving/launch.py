@@ -11,21 +11,25 @@ import signal
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from loong_jax.config import ModelConfig
+from loong_jax.config import ConfigError, ModelConfig
 from loong_jax.cost.file import read_cost
 from loong_jax.cost.roofline import shape_of
 from loong_jax.types import AnyEvent
 from serving import engine as engines
 from serving.cluster import CompletionMerger, ControlServer, FanOutExecutor
 from serving.engine import Engine, EngineConfig, Loaded, LocalExecutor
+from serving.http.config import HttpConfig
 from serving.loop import ExecutorLike
 from serving.server import LoongServer, ServerConfig
 from serving.tokenizer import Tokenizer
 from serving.worker import run_worker
+
+if TYPE_CHECKING:
+    from serving.http.server import HttpServer
 
 _JOIN_S = 600.0
 _HEARTBEAT_S = 20
@@ -34,7 +38,7 @@ T = TypeVar("T")
 
 class LaunchConfig(msgspec.Struct, frozen=True):
     """One serving process. `control_address`: where workers join, with several processes. `cost`: a file of loong
-    profile; None: a cost model that claims no numbers."""
+    profile; None: a cost model that claims no numbers. `http` None: gRPC only."""
 
     directory: Path
     engine: EngineConfig
@@ -43,6 +47,7 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     event_log: Path | None = None
     control_address: str = "127.0.0.1:50052"
     cost: Path | None = None
+    http: HttpConfig | None = None
 
 
 class Reporter(Protocol):
@@ -131,10 +136,13 @@ class _Leader:
         )
         limits = engines.validation_limits(model, config.engine.cluster)
         self._server = LoongServer(engine.loop, tokenizer, limits, config.server)
+        self._http = None if config.http is None else _http_server(self._server, config.http)
         self._catch_signals()
         try:
             await self._serve(engine, model)
         finally:
+            if self._http is not None:
+                await self._http.stop()
             await self._server.stop()
             await asyncio.to_thread(engine.loop.close)
         self._reporter.say("stopped")
@@ -143,6 +151,8 @@ class _Leader:
         config, say = self._config, self._reporter.say
         port = await self._server.start()
         say(f"listening on {config.server.host}:{port}; loading {config.directory}")
+        if self._http is not None and config.http is not None:
+            say(f"HTTP on http://{config.http.host}:{await self._http.start()}")
         loading = asyncio.ensure_future(_in_thread(lambda: self._load(engine, model)))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -215,6 +225,15 @@ class _Leader:
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._asyncio_loop.add_signal_handler(signum, caught, signum)
+
+
+def _http_server(server: LoongServer, config: HttpConfig) -> HttpServer:
+    """Raises ConfigError where the packages of the extra are missing."""
+    try:
+        from serving.http.server import HttpServer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"http-port: needs {error.name}; pip install 'loong-jax[http]'") from None
+    return HttpServer(server.generator, config)
 
 
 def _from_process(merger: CompletionMerger, process: int) -> Callable[[AnyEvent], None]:

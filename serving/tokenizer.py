@@ -82,6 +82,15 @@ class Tokenizer:
         """A stream of text for the tokens that follow the prompt."""
         return Detokenizer(self, prompt_ids)
 
+    def shown(self, token_id: int) -> str:
+        """A token by itself, for people and for clients' tables: its text with the space before a word, which decoders
+        take off a first one; the name of a special token; "" for what only the model's vocabulary has."""
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None or token_id in self._special:
+            return name or ""
+        once, twice = self.decode([token_id]), self.decode([token_id, token_id])
+        return twice[len(once) :] if twice.startswith(once) else once
+
     def has_text(self, token_id: int) -> bool:
         """Whether decoding heeds this token: not a special one, nor one that only the model's vocabulary has."""
         return token_id not in self._special and self._tokenizer.id_to_token(token_id) is not None

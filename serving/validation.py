@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from loong_jax.types import Adjustment, Sampling
-from serving.errors import InvalidField
+from serving.errors import InvalidField, TooLong
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.sampling_params import SamplingLimits, check_adjustment, check_lengths, check_sampling
 
@@ -64,13 +64,7 @@ def check_request(
     request: pb.GenerateRequest, limits: ValidationLimits, *, has_tokenizer: bool, has_chat_template: bool
 ) -> Ask:
     """All checks that need no tokenizing. Raises InvalidField."""
-    field = request.WhichOneof("prompt")
-    if field is None:
-        raise InvalidField("prompt", "give text or token_ids or messages")
-    if field == "text":
-        _check_text(request.text, limits, has_tokenizer)
-    if field == "messages":
-        _check_messages(request.messages.messages, limits, has_tokenizer, has_chat_template)
+    field = check_field(request, limits, has_tokenizer=has_tokenizer, has_chat_template=has_chat_template)
     sampling = check_sampling(request.sampling, limits.sampling)
     stop_ids = _check_stop_ids(request, limits)
     if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limits.max_context_tokens:
@@ -90,6 +84,32 @@ def check_request(
     )
 
 
+def check_field(
+    request: pb.GenerateRequest, limits: ValidationLimits, *, has_tokenizer: bool, has_chat_template: bool
+) -> str:
+    """The field that holds the prompt, which can be tokenized. Raises InvalidField."""
+    field = request.WhichOneof("prompt")
+    if field is None:
+        raise InvalidField("prompt", "give text or token_ids or messages")
+    if field == "text":
+        _check_text(request.text, limits, has_tokenizer)
+    if field == "messages":
+        _check_messages(request.messages.messages, limits, has_tokenizer, has_chat_template)
+    return field
+
+
+def check_tokens(token_ids: Sequence[int], field: str, limits: ValidationLimits) -> np.ndarray:
+    """Tokens of the vocabulary. Raises InvalidField."""
+    tokens = np.asarray(token_ids, np.int64)
+    outside = np.flatnonzero((tokens < 0) | (tokens >= limits.vocab_size))
+    if outside.size:
+        index = int(outside[0])
+        raise InvalidField(
+            field, f"token {int(tokens[index])} at index {index} is outside the vocabulary of {limits.vocab_size}"
+        )
+    return tokens
+
+
 def check_prompt(
     token_ids: Sequence[int], request: pb.GenerateRequest, ask: Ask, limits: ValidationLimits
 ) -> tuple[bytes, int]:
@@ -98,27 +118,20 @@ def check_prompt(
     if num_tokens == 0:
         raise InvalidField(ask.prompt_field, "the prompt is empty")
     if num_tokens > limits.pool_tokens:
-        raise InvalidField(
+        raise TooLong(
             ask.prompt_field,
             f"the prompt has {num_tokens} tokens; the pool of all instances holds {limits.pool_tokens}",
         )
     if num_tokens >= limits.max_position:
-        raise InvalidField(
+        raise TooLong(
             ask.prompt_field,
             f"the prompt has {num_tokens} tokens; the model's context of {limits.max_position} leaves no room for more",
         )
-    tokens = np.asarray(token_ids, np.int64)
-    outside = np.flatnonzero((tokens < 0) | (tokens >= limits.vocab_size))
-    if outside.size:
-        index = int(outside[0])
-        raise InvalidField(
-            ask.prompt_field,
-            f"token {int(tokens[index])} at index {index} is outside the vocabulary of {limits.vocab_size}",
-        )
+    tokens = check_tokens(token_ids, ask.prompt_field, limits)
     room = limits.max_context_tokens - num_tokens
     max_tokens = ask.max_tokens if ask.max_tokens is not None else min(limits.default_max_tokens, room)
     if max_tokens > room:
-        raise InvalidField(
+        raise TooLong(
             "max_tokens",
             f"{max_tokens} after a prompt of {num_tokens} tokens exceeds the context of {limits.max_context_tokens}",
         )

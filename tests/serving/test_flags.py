@@ -76,3 +76,13 @@ def test_a_model_that_is_no_folder_is_refused_by_name(tmp_path):
     for missing in (tmp_path / "file", tmp_path / "owner" / "name"):
         with pytest.raises(ConfigError, match=missing.name):
             flags.check_folder(missing)
+
+
+def test_http_has_a_port_or_is_off(tmp_path):
+    assert flags.http_config(host="h", port=0, model=tmp_path, name=None) is None
+    config = flags.http_config(host="h", port=80, model=tmp_path, name=None)
+    assert config is not None
+    assert (config.host, config.port, config.model_name, config.model_root) == ("h", 80, tmp_path.name, str(tmp_path))
+    for name in ("", "a\n", "x" * 201):
+        with pytest.raises(ConfigError, match="served-model-name"):
+            flags.http_config(host="h", port=80, model=tmp_path, name=name)

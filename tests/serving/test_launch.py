@@ -7,11 +7,14 @@ import sys
 import time
 
 import grpc
+import httpx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from loong_jax.model.oracle import Oracle
 from loong_jax.types import Adjustment
+from serving import cli
 from serving.client import Generation, LoongClient, generate_request
 from tests.support import sampling_reference as reference
 from tests.support.process import ROOT, Process, free_port
@@ -34,11 +37,12 @@ def checkpoint(tmp_path_factory):
 def served(checkpoint, tmp_path_factory):
     """(address, process, event log) of one server for all tests of this module."""
     out = tmp_path_factory.mktemp("served")
-    port, log = free_port(), out / "events.log"
+    port, http_port, log = free_port(), free_port(), out / "events.log"
     cache = str(ROOT / ".cache" / "test-serve")
     server = Process(
         out / "server.log",
         *("serve", str(checkpoint[0]), "--port", str(port), "--event-log", str(log), "--cache-dir", cache, *COMMON),
+        *("--http-port", str(http_port), "--served-model-name", "tiny"),
     )
     try:
         server.wait_for("ready: ")
@@ -81,6 +85,29 @@ def test_a_prompt_larger_than_an_instance_is_served_and_one_larger_than_the_pool
     with pytest.raises(grpc.aio.AioRpcError) as error:
         answers(address, generate_request([1] * (POOL_TOKENS + 1), max_tokens=1))
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_http_gives_what_grpc_gives(served):
+    """Tokens, log-probabilities of the answer and of an echoed prompt, and text, through OpenAI's shapes."""
+    address, server, _ = served
+    url = next(word for word in server.words().split() if word.startswith("http://"))
+    request = generate_request(PROMPT, max_tokens=8, ignore_eos=True, top_logprobs=2, prompt_logprobs=2)
+    (answer,) = answers(address, request)
+    body = {
+        "model": "tiny", "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True, "temperature": 0, "logprobs": 2,
+        "echo": True, "return_tokens_as_token_ids": True,
+    }  # fmt: skip
+    with httpx.Client(base_url=url, timeout=120) as client:
+        assert client.get("/health").status_code == 200
+        choice = client.post("/v1/completions", json=body).json()["choices"][0]
+        refused = client.post("/v1/completions", json={"prompt": [1] * (POOL_TOKENS + 1)})
+    table = choice["logprobs"]
+    assert table["tokens"] == [f"token_id:{token}" for token in [*PROMPT, *answer.token_ids]]
+    theirs = [value for part in answer.prompt_logprobs for value in part.logprobs] + answer.logprobs
+    np.testing.assert_allclose(table["token_logprobs"][1:], theirs, atol=1e-4)
+    assert all(len(top) in (2, 3) for top in table["top_logprobs"][1:])
+    assert choice["text"].endswith(answer.text)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_sampling_repeats_with_its_seed_and_text_comes_back(served):
@@ -187,6 +214,13 @@ def test_a_broken_checkpoint_ends_with_its_name(tmp_path, break_it, words):
     assert server.popen.wait(120) == 1
     assert words in server.words()
     assert "Traceback" not in server.words()
+
+
+def test_http_without_its_packages_says_what_to_install(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "serving.http.server", raising=False)
+    done = CliRunner().invoke(cli.app, ["serve", str(checkpoint[0]), "--http-port", "1", "--port", "0"])
+    assert (done.exit_code, "http-port: needs uvicorn; pip install 'loong-jax[http]'" in done.stderr) == (1, True)
 
 
 def test_a_signal_while_loading_ends_at_once(checkpoint, tmp_path):

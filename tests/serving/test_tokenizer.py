@@ -264,3 +264,13 @@ def test_stop_finder_against_the_plain_search(stop, pieces):
 
 def test_no_stop_strings_cost_nothing():
     assert StopFinder(()).step("text") == Piece("text")
+
+
+def test_a_token_by_itself_keeps_its_space_and_special_ones_their_name():
+    fallback, level = KINDS["byte fallback"], KINDS["byte level"]
+    for tokenizer in (fallback, level):
+        ids = tokenizer.encode("a a")
+        shown = [tokenizer.shown(token) for token in ids]
+        assert "".join(shown).strip() == "a a", "with a space before words, which a decoder takes off the first"
+        assert any(text.startswith(" ") for text in shown)
+    assert (BYTES.shown(BOS), BYTES.shown(0xC3), BYTES.shown(9999)) == ("<s>", "\ufffd", "")
