@@ -61,5 +61,4 @@ def test_other_processes_give_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_long_prompt_is_not_starved_by_a_stream_of_short_ones(policy: str) -> None:
-    """450 short ones come after it. In order of arrival none would pass it."""
-    assert len(dst.crowd(policy)) <= 50
+    dst.check_crowd(policy)
