@@ -7,11 +7,19 @@ computed from (request, position) of both sides. What it is not: the ring around
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.flash_partial import blockwise, reference
+from pallas_kernels.flash_partial import blockwise, reference, tpu
 from pallas_kernels.partial import Partial
 
-IMPLEMENTATIONS = {"blockwise": blockwise.flash_partial, "reference": reference.flash_partial}
-ORDER = {platform: ("blockwise", "reference") for platform in ("cpu", "tpu", "gpu")}
+IMPLEMENTATIONS = {
+    "tpu": tpu.flash_partial,
+    "blockwise": blockwise.flash_partial,
+    "reference": reference.flash_partial,
+}
+ORDER = {
+    "cpu": ("blockwise", "reference"),
+    "tpu": ("tpu", "blockwise", "reference"),
+    "gpu": ("blockwise", "reference"),
+}
 
 
 def flash_partial(

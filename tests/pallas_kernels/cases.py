@@ -114,6 +114,21 @@ def strangers(rng, tok, ctx):
     return np.ones(tok), np.arange(tok), np.arange(ctx) % 2 * 2, np.arange(ctx)
 
 
+def resident(rng, tok, ctx):
+    """Chunks of three requests against what is resident of them: pages of 16 in any order, some partly filled."""
+    share = -(-tok // 3)
+    q_req = np.arange(tok) // share
+    q_pos = np.array([500, 90, 3])[q_req] + np.arange(tok) % share
+    page = rng.permutation(ctx // 16)
+    kv_req = np.where(np.arange(16) < rng.integers(4, 17, page.size)[:, None], page[:, None] % 3, -1)
+    return q_req, q_pos, kv_req.reshape(-1), (16 * (page // 3)[:, None] + np.arange(16)).reshape(-1)
+
+
+def far(rng, tok, ctx):
+    """A chunk after a million tokens; of the keys one in many, all the way back."""
+    return np.zeros(tok), 2**20 + np.arange(tok), np.zeros(ctx), np.sort(rng.choice(2**20 + tok, ctx, replace=False))
+
+
 FLASH_CASES = [
     *[FlashCase(f.__name__, f) for f in (causal, striped, ragged, scattered)],
     *[FlashCase(f.__name__, f) for f in (all_padding, padded_keys, future, strangers)],
@@ -122,6 +137,9 @@ FLASH_CASES = [
     FlashCase("long ragged", ragged, tok=1024, ctx=1024),
     FlashCase("long striped", striped, tok=1024, ctx=768),
     FlashCase("long scattered", scattered, tok=640, ctx=1200),
+    FlashCase("resident", resident, tok=256, ctx=512),
+    FlashCase("a million tokens on", far, tok=256, ctx=512),
+    FlashCase("window of half a million", far, tok=256, ctx=512, window=2**19),
     FlashCase("few queries, odd sizes", chunk, tok=7, ctx=301),
     FlashCase("one query", chunk, tok=1, ctx=129),
     FlashCase("few keys", scattered, tok=300, ctx=5),
@@ -135,9 +153,10 @@ FLASH_CASES = [
     FlashCase("MQA", causal, heads=8, kvh=1),
     FlashCase("one head", causal, heads=1, kvh=1),
     FlashCase("32 heads", ragged, heads=32, kvh=8, dim=16),
-    *[FlashCase(f"dim {dim}", ragged, dim=dim) for dim in (16, 80, 128)],
+    *[FlashCase(f"dim {dim}", ragged, dim=dim) for dim in (16, 80, 96, 128, 256)],
     *[FlashCase(f"bf16 {f.__name__}", f, dtype="bfloat16") for f in (causal, striped, ragged, scattered, future)],
     FlashCase("bf16 long dim 128", chunk, tok=512, ctx=1024, dim=128, dtype="bfloat16"),
+    FlashCase("bf16 dim 80, window, soft cap", ragged, dim=80, dtype="bfloat16", window=9, soft_cap=5.0),
 ]
 
 PAGED_CASES = [

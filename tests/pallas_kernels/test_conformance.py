@@ -4,6 +4,8 @@ A new implementation joins its op's table, as it runs without its hardware, and 
 `UNSUPPORTED`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,16 @@ from tests.pallas_kernels import cases
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 """Relative to the largest magnitude of the answer (at least 1), by the dtype of q."""
 
-FLASH = {"blockwise": flash.IMPLEMENTATIONS["blockwise"], "reference": flash.IMPLEMENTATIONS["reference"]}
+FLASH = {
+    "tpu": partial(flash.IMPLEMENTATIONS["tpu"], interpret=True, block_q=128, block_kv=128),
+    "blockwise": flash.IMPLEMENTATIONS["blockwise"],
+    "reference": flash.IMPLEMENTATIONS["reference"],
+}
 PAGED = {"blockwise": paged.IMPLEMENTATIONS["blockwise"], "reference": paged.IMPLEMENTATIONS["reference"]}
-"""The functions to test; kernels are interpreted."""
+"""The functions to test; kernels are interpreted, in small blocks so that there are several."""
+
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""For interpreted kernels, which spend most of their time there."""
 
 UNSUPPORTED: dict[tuple[str, str], frozenset[str]] = {}
 """(op, implementation) -> names of the cases it refuses."""
@@ -52,7 +61,8 @@ def check(got: Partial, want: Partial, tolerance: float) -> None:
 def run(op: str, table: dict, implementation: str, case, inputs: dict) -> Partial:
     """Jitted with all data traced; options static."""
     options = {"scale": case.dim**-0.5, "window": case.window, "soft_cap": case.soft_cap}
-    function = jax.jit(lambda kw: table[implementation](**kw, **options))
+    compiler_options = QUICK_TO_COMPILE if implementation == "tpu" else None
+    function = jax.jit(lambda kw: table[implementation](**kw, **options), compiler_options=compiler_options)
     if case.name in UNSUPPORTED.get((op, implementation), ()):
         with pytest.raises(NotImplementedError):
             function(inputs)

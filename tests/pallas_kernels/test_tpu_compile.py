@@ -1,4 +1,8 @@
-"""The pool stays in place on TPU: the real TPU compiler, without a TPU, for every reader and writer of pages."""
+"""What the real TPU compiler makes of the kernels and of the pool, without a TPU.
+
+The pool stays in place for every reader and writer of pages; each kernel compiles, so it fits VMEM and SMEM, and copies
+none of its inputs.
+"""
 
 import importlib.util
 import json
@@ -13,10 +17,15 @@ MIB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the libtpu wheel (extra `tpu`)")
-def test_pool_is_in_place_on_tpu():
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the libtpu wheel (extra `tpu`)"
+)
+
+
+def compiled(module: str, *words: str) -> list[dict]:
+    """What the program `tests.pallas_kernels.MODULE` reports."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pallas_kernels.tpu_memory"],
+        [sys.executable, "-m", f"tests.pallas_kernels.{module}", *words],
         capture_output=True,
         text=True,
         timeout=600,
@@ -24,9 +33,35 @@ def test_pool_is_in_place_on_tpu():
         env={**os.environ, "XLA_FLAGS": ""},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == 10, done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@NEEDS_LIBTPU
+def test_pool_is_in_place_on_tpu():
+    reports = compiled("tpu_memory")
+    assert len(reports) == 10, reports
     for report in reports:
         # Outputs besides the pool are a scalar; donated inputs besides it are none.
         assert report["alias_bytes"] == report["pool_bytes"], report
         assert report["temp_bytes"] < 8 * MIB < report["pool_bytes"] / 64, report
+
+
+FLASH_QUICK = ("v5e", "v5e dim 64, odd sizes", "v5e dim 256", "v6e", "v5p", "tpu7x")
+FLASH_SLOW = (
+    *("v5e long", "v5e dim 80", "v5e dim 96", "v5e float32", "v5e few tokens"),
+    *("v6e dim 256", "v5p dim 256", "tpu7x dim 256", "tpu7x long"),
+)
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize(
+    "names", [FLASH_QUICK, pytest.param(FLASH_SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"]
+)
+def test_flash_partial_compiles_for_tpu_and_copies_nothing(names):
+    reports = compiled("tpu_flash", *names)
+    assert [report["name"] for report in reports] == list(names)
+    for report in reports:
+        # lists of steps and labels, and arrays of less than a block filled up to one
+        assert report["temp_bytes"] < max(MIB, report["input_bytes"] / 100), report
+        # every pair, rounded up to blocks; of several calls the compiler counts one
+        assert report["flops"] >= report["all_pairs_flops"] or "long" in report["name"], report
