@@ -14,11 +14,14 @@ from loong_jax.types import (
     AnyEvent,
     Arrived,
     CostUpdated,
+    DecodeRow,
     Drain,
     Emit,
     Finish,
     Fork,
     Forked,
+    Free,
+    InstanceLost,
     Migrate,
     Phase,
     Program,
@@ -41,11 +44,12 @@ _GroupKey = tuple[pb.Phase, tuple[int, ...]]  # phase, instances
 class _Group:
     """What one set of instances does in one phase; tokens are counted in windows of about a second."""
 
-    __slots__ = ("in_flight", "last_us", "num_requests", "rate", "window_start_us", "window_tokens")
+    __slots__ = ("in_flight", "last_us", "num_requests", "rate", "rows", "window_start_us", "window_tokens")
 
     def __init__(self, now_us: int) -> None:
         self.in_flight = 0
         self.num_requests = 0
+        self.rows: tuple[DecodeRow, ...] = ()  # of the newest decode step
         self.window_start_us = now_us
         self.window_tokens = 0
         self.rate = 0.0
@@ -79,6 +83,7 @@ class EngineState:
         self._compiles_after_ready = compiles_after_ready
         self._num_programs = 0
         self._draining = False
+        self._loses = False  # the newest event took KV away
         self._waiting: set[int] = set()
         self._group_of: dict[int, tuple[int, ...]] = {}  # running request -> instances of its newest step
         self._steps: dict[int, tuple[_GroupKey, int]] = {}  # step in flight -> group, tokens
@@ -100,6 +105,7 @@ class EngineState:
     def saw_event(self, event: AnyEvent, now_us: int) -> None:
         if self._step_times is not None:
             self._step_times.saw_event(event, now_us)
+        self._loses = isinstance(event, StepFailed | InstanceLost)
         if isinstance(event, StepDone):
             self._step_over(event.step, now_us)
         elif isinstance(event, Arrived):
@@ -128,11 +134,14 @@ class EngineState:
         elif isinstance(command, RunDecode):
             self._steps_decode += 1
             requests = [row.request for row in command.rows]
-            self._step_issued(pb.PHASE_DECODE, command.step, command.instances, requests, len(requests), now_us)
+            group = self._step_issued(pb.PHASE_DECODE, command.step, command.instances, requests, len(requests), now_us)
+            group.rows = command.rows
         elif isinstance(command, RunPrefill):
             self._saw_prefill(command, now_us)
         elif isinstance(command, Migrate):
             self._counters.kv_bytes_migrated += self._kv_token_bytes * sum(move.run.count for move in command.moves)
+        elif isinstance(command, Free):
+            self._saw_free(command.request)
         elif isinstance(command, Fork):  # it may never be prefilled
             self._waiting.discard(command.child)
         elif isinstance(command, Finish | Reject):
@@ -142,6 +151,17 @@ class EngineState:
                 self._counters.requests_finished += 1
             else:
                 self._counters.requests_refused += 1
+
+    def _saw_free(self, request: int) -> None:
+        """KV that goes while its request goes on."""
+        if request not in self._group_of:
+            return
+        if self._loses:
+            self._counters.evictions_by_loss += 1
+        else:
+            self._counters.evictions += 1
+            del self._group_of[request]
+            self._waiting.add(request)
 
     def _saw_prefill(self, command: RunPrefill, now_us: int) -> None:
         requests = [row.request for row in command.rows]
@@ -160,7 +180,7 @@ class EngineState:
         requests: list[int],
         num_tokens: int,
         now_us: int,
-    ) -> None:
+    ) -> _Group:
         key = (phase, instances)
         group = self._groups.get(key)
         if group is None or (group.in_flight == 0 and now_us - group.last_us > _WINDOW_US):
@@ -171,6 +191,7 @@ class EngineState:
         for instance in instances:
             self._owner[instance] = key
         self._count_scaling(instances, requests)
+        return group
 
     def _count_scaling(self, instances: tuple[int, ...], requests: list[int]) -> None:
         """A batch that comes together from two groups counts once for each of them."""
@@ -226,6 +247,7 @@ class EngineState:
                 instances=instances,
                 requests=group.num_requests,
                 tokens_per_s=group.rate,
+                masters=len({row.master for row in group.rows}),
             )
             for (phase, instances), group in sorted(self._groups.items(), key=lambda item: item[0][1])
             if self._is_current((phase, instances), now_us)

@@ -8,6 +8,7 @@ from loong_jax.types import (
     Drain,
     Finish,
     FinishReason,
+    Free,
     InstanceView,
     Migrate,
     PageMove,
@@ -159,3 +160,18 @@ def test_predictions_are_told_by_phase():
     assert told.predictions[0].bias == -told.predictions[0].error
     assert told.counters.cost_refits == 0
     assert state.cost_update(0) is None
+
+
+def test_evictions_by_their_reason_and_masters():
+    tape = Tape()
+    rows = tuple(DecodeRow(r, r, 1, -1, master, 0, Run(0, 1), S) for r, master in ((1, 0), (2, 3), (3, 3)))
+    tape.play(*(Arrived(r, b"", 5, S) for r in (1, 2, 3)), prefill(0, (0, 3), (1, 2, 3)), StepDone(0, (), ()))
+    tape.play(RunDecode(1, (0, 3), 8, rows))
+    (group,) = [group for group in tape.snapshot().groups if group.phase == pb.PHASE_DECODE]
+    assert group.masters == 2
+    tape.play(StepDone(1, (), ()), Free(1, (0, 3)))  # for others: it waits again
+    tape.play(RunDecode(2, (0, 3), 8, rows[1:]), StepFailed(2, (3,), "x"), Free(2, (3,)))
+    tape.play(Finish(3, FinishReason.STOP, 1), Free(3, (0, 3)))  # its end
+    state = tape.snapshot()
+    assert (state.counters.evictions, state.counters.evictions_by_loss) == (1, 1)
+    assert (state.requests_running, state.requests_waiting) == (1, 1)

@@ -201,9 +201,9 @@ class FakeManager:
     ) -> None:
         request = self.waiting.pop(number, None) or self.running.pop(number, None)
         if request is not None:
-            out.append(Free(number, (request.instance,)))
             kept = len(request.generated) if num_generated < 0 else num_generated
             out.append(Finish(number, reason, kept, message))
+            out.append(Free(number, (request.instance,)))
 
 
 class FakeExecutor:

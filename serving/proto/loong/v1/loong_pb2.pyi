@@ -235,18 +235,20 @@ class State(_message.Message):
     def __init__(self, now_us: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., programs_ready: _Optional[int] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ...) -> None: ...
 
 class Group(_message.Message):
-    __slots__ = ("phase", "dop", "instances", "requests", "tokens_per_s")
+    __slots__ = ("phase", "dop", "instances", "requests", "tokens_per_s", "masters")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     DOP_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MASTERS_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     dop: int
     instances: _containers.RepeatedScalarFieldContainer[int]
     requests: int
     tokens_per_s: float
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., dop: _Optional[int] = ..., instances: _Optional[_Iterable[int]] = ..., requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+    masters: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., dop: _Optional[int] = ..., instances: _Optional[_Iterable[int]] = ..., requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., masters: _Optional[int] = ...) -> None: ...
 
 class Instance(_message.Message):
     __slots__ = ("index", "pages_used", "pages_total", "alive")
@@ -273,7 +275,7 @@ class Prediction(_message.Message):
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., steps: _Optional[int] = ..., error: _Optional[float] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class Counters(_message.Message):
-    __slots__ = ("scale_ups", "scale_downs", "kv_bytes_migrated", "kv_bytes_rehomed", "compiles_after_ready", "steps_prefill", "steps_decode", "tokens_prefilled", "tokens_generated", "requests_finished", "requests_refused", "steps_failed", "engine_cpu_us", "cost_refits")
+    __slots__ = ("scale_ups", "scale_downs", "kv_bytes_migrated", "kv_bytes_rehomed", "compiles_after_ready", "steps_prefill", "steps_decode", "tokens_prefilled", "tokens_generated", "requests_finished", "requests_refused", "steps_failed", "engine_cpu_us", "cost_refits", "evictions", "evictions_by_loss")
     SCALE_UPS_FIELD_NUMBER: _ClassVar[int]
     SCALE_DOWNS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_MIGRATED_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +290,8 @@ class Counters(_message.Message):
     STEPS_FAILED_FIELD_NUMBER: _ClassVar[int]
     ENGINE_CPU_US_FIELD_NUMBER: _ClassVar[int]
     COST_REFITS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_BY_LOSS_FIELD_NUMBER: _ClassVar[int]
     scale_ups: int
     scale_downs: int
     kv_bytes_migrated: int
@@ -302,4 +306,6 @@ class Counters(_message.Message):
     steps_failed: int
     engine_cpu_us: int
     cost_refits: int
-    def __init__(self, scale_ups: _Optional[int] = ..., scale_downs: _Optional[int] = ..., kv_bytes_migrated: _Optional[int] = ..., kv_bytes_rehomed: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., steps_prefill: _Optional[int] = ..., steps_decode: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_refused: _Optional[int] = ..., steps_failed: _Optional[int] = ..., engine_cpu_us: _Optional[int] = ..., cost_refits: _Optional[int] = ...) -> None: ...
+    evictions: int
+    evictions_by_loss: int
+    def __init__(self, scale_ups: _Optional[int] = ..., scale_downs: _Optional[int] = ..., kv_bytes_migrated: _Optional[int] = ..., kv_bytes_rehomed: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., steps_prefill: _Optional[int] = ..., steps_decode: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_refused: _Optional[int] = ..., steps_failed: _Optional[int] = ..., engine_cpu_us: _Optional[int] = ..., cost_refits: _Optional[int] = ..., evictions: _Optional[int] = ..., evictions_by_loss: _Optional[int] = ...) -> None: ...
