@@ -81,6 +81,7 @@ def serve(
     cache_dir: flags.CacheDir = "~/.cache/loong",
     event_log: flags.EventLog = None,
     cost: flags.CostPath = None,
+    refit: flags.Refit = "auto",
     drain_s: flags.DrainS = 30.0,
     num_processes: flags.NumProcesses = 1,
     coordinator: flags.Coordinator = None,
@@ -112,6 +113,7 @@ def serve(
             full_warm_up=flags.one_of("warm-up", warm_up, "minimal", "full") == "full",
             num_processes=num_processes,
             coordinator=coordinator,
+            refit=flags.refits(refit, platform),
         )
         server = ServerConfig(host=host, port=port, drain_s=drain_s)
         http = flags.http_config(host=host, port=http_port, model=model, name=served_model_name)

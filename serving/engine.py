@@ -40,7 +40,8 @@ Progress = Callable[[int, int], None]
 class EngineConfig(msgspec.Struct, frozen=True):
     """All that the processes of one engine must agree on. `dtype` None: the checkpoint's. With several processes,
     `coordinator` is the address of jax.distributed, and instances are dealt to processes in order, evenly. `cost`: the
-    coefficients of the cost model; empty: those of an engine that nobody has profiled."""
+    coefficients of the cost model; empty: those of an engine that nobody has profiled. `refit`: correct them by what
+    steps take."""
 
     cluster: ClusterConfig
     limits: LimitsConfig
@@ -50,6 +51,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     num_processes: int = 1
     coordinator: str | None = None
     cost: dict[str, float] = {}
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -114,7 +116,7 @@ class Engine:
         state = EngineState(
             kv_token_bytes=kv_token_bytes(model),
             compiles_after_ready=self._compiles_after_ready,
-            step_times=StepTimes(cost, manager.state.ledger.tokens, cluster.num_instances),
+            step_times=StepTimes(cost, manager.state.ledger.tokens, cluster.num_instances, refit=config.refit),
         )
         self.loop = EngineLoop(
             manager,

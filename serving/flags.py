@@ -73,6 +73,12 @@ CostPath = Annotated[
     Path | None, typer.Option(help="Cost model measured by loong profile. Default: one that claims no numbers.")
 ]
 CostOut = Annotated[Path, typer.Option("--out", help="File for the cost model.", show_default=False)]
+Refit = Annotated[
+    str,
+    typer.Option(
+        help="Correct the cost model by measured steps: on, off; auto: not with cpu, whose virtual devices share cores."
+    ),
+]
 DrainS = Annotated[float, typer.Option(min=0, help="Time for open streams after the first signal, in seconds.")]
 NumProcesses = Annotated[int, typer.Option(min=1, help="Processes of this engine; all but this one are workers.")]
 Coordinator = Annotated[
@@ -170,6 +176,12 @@ def http_config(*, host: str, port: int, model: Path, name: str | None) -> HttpC
 
 def limits_config(*, max_waiting: int, max_running: int, chunk_tokens: int) -> LimitsConfig:
     return LimitsConfig(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens)
+
+
+def refits(refit: str, platform: str) -> bool:
+    """Groups of virtual devices run one after the other: how long one takes says little of it alone. Raises
+    ConfigError."""
+    return one_of("refit", refit, "auto", "on", "off") == "on" or (refit == "auto" and platform != "cpu")
 
 
 def dtype_of(dtype: str) -> str | None:

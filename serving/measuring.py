@@ -49,8 +49,8 @@ from loong_jax.types import (
 )
 from serving.loop import ExecutorLike
 
-REPEATS = 3
-_DECODE_STEPS = 8  # the first two of them fill the queue
+REPEATS = 5
+_DECODE_STEPS = 16  # the first two of them fill the queue
 _MAX_TOKENS = 4 * _DECODE_STEPS
 _WAIT_S = 600.0
 

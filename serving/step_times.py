@@ -30,8 +30,10 @@ from loong_jax.types import (
 )
 
 REFIT_US = 30_000_000
-SAMPLE_US = 50_000
-"""Between two decode steps of one DoP that are compared."""
+SAMPLE_US = 100_000
+"""Between two decode steps of one DoP that are compared; more where a comparison costs more."""
+LOOKS = 256
+"""Rows times instances that a comparison of each SAMPLE_US may look at."""
 WINDOW = 64
 """Steps of one phase and DoP that are remembered."""
 GOOD_ERROR = 0.05
@@ -57,15 +59,19 @@ class _InFlight(NamedTuple):
 
 
 class StepTimes:
-    """`cost`: what the manager starts with; it follows the manager's by the same events. `kv_tokens`: the ledger's."""
+    """`cost`: what the manager starts with; it follows the manager's by the same events. `kv_tokens`: the ledger's.
+    `refit`: whether to correct it, or only to compare."""
 
-    def __init__(self, cost: FittedCost, kv_tokens: KvTokens, num_instances: int, refit_us: int = REFIT_US) -> None:
+    def __init__(
+        self, cost: FittedCost, kv_tokens: KvTokens, num_instances: int, refit_us: int = REFIT_US, refit: bool = True
+    ) -> None:
         self.cost = cost
         self.num_refits = 0
+        self._refit = refit
         self._kv_tokens = kv_tokens
         self._in_flight: dict[int, _InFlight] = {}
         self._free_us = [0] * num_instances  # when the newest completed step of each left it
-        self._sampled_us: dict[int, int] = {}  # of each DoP: when a decode step was last compared
+        self._next_sample_us: dict[int, int] = {}  # of each DoP: when a decode step is compared again
         self._windows: dict[tuple[Phase, int], deque[tuple[PrefillWork | DecodeWork, float, float]]] = {}
         self._fresh: dict[tuple[Phase, int], int] = {}  # steps since the last refit
         self._refit_us = self._next_refit_us = refit_us
@@ -76,8 +82,8 @@ class StepTimes:
         if isinstance(command, RunDecode):
             work = None
             dop = len(command.instances)
-            if now_us - self._sampled_us.get(dop, -SAMPLE_US) >= SAMPLE_US:
-                self._sampled_us[dop] = now_us
+            if now_us >= self._next_sample_us.get(dop, 0):
+                self._next_sample_us[dop] = now_us + SAMPLE_US * max(1, len(command.rows) * dop // LOOKS)
                 work = decode_work(command, self._kv_tokens)
             self._in_flight[command.step] = _InFlight(now_us, command.instances, work)
         elif isinstance(command, RunPrefill):
@@ -136,7 +142,7 @@ class StepTimes:
                 steps = [(work, seconds) for work, seconds, _ in window]
                 if _mean_size(errors(self.cost, steps)) > GOOD_ERROR:
                     off.append(steps)
-        coefficients = refitted(self.cost, off)
+        coefficients = refitted(self.cost, off) if self._refit else {}
         for error in self.phase_errors():
             _log.info(
                 "%s steps take what was predicted within %.1f%% (mean of %d; %+.1f%% in the mean)",

@@ -86,3 +86,11 @@ def test_http_has_a_port_or_is_off(tmp_path):
     for name in ("", "a\n", "x" * 201):
         with pytest.raises(ConfigError, match="served-model-name"):
             flags.http_config(host="h", port=80, model=tmp_path, name=name)
+
+
+def test_virtual_devices_do_not_correct_the_cost_model_unless_told():
+    assert [flags.refits("auto", platform) for platform in ("default", "cpu")] == [True, False]
+    assert flags.refits("on", "cpu")
+    assert not flags.refits("off", "default")
+    with pytest.raises(ConfigError, match="refit: 'yes'"):
+        flags.refits("yes", "cpu")

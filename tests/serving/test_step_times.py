@@ -137,3 +137,24 @@ def test_a_refit_is_an_event_and_comes_rarely(tape: Tape) -> None:
 def test_few_steps_make_no_refit(tape: Tape) -> None:
     slow_prefills(tape, 3)
     assert tape.times.cost_update(2 * REFIT_US) is None
+
+
+def test_large_steps_are_compared_less_often() -> None:
+    def compared(num_rows: int) -> int:
+        times = StepTimes(COST, lambda request: {0: 9}, 2)
+        rows = tuple(DecodeRow(r, r, 1, -1, 0, 0, Run(0, 1), Sampling()) for r in range(num_rows))
+        for step in range(60):
+            times.saw_command(RunDecode(step, (0, 1), 512, rows), step * SAMPLE_US)
+            times.saw_event(StepDone(step), step * SAMPLE_US + 50_000)
+        return times.phase_errors()[0].num_steps
+
+    assert compared(8) == 60
+    assert compared(512) == 15
+
+
+def test_comparing_alone_changes_nothing() -> None:
+    tape = Tape()
+    tape.times = StepTimes(COST, lambda request: KV[request], 2, refit=False)
+    now_us = slow_prefills(tape, 31)
+    assert tape.times.cost_update(now_us) is None
+    assert tape.times.phase_errors()[0].error > 0.5
