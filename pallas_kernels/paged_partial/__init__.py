@@ -7,11 +7,19 @@ of q and partials between instances (`loong_jax/esp`).
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.paged_partial import blockwise, reference
+from pallas_kernels.paged_partial import blockwise, reference, tpu
 from pallas_kernels.partial import Partial
 
-IMPLEMENTATIONS = {"blockwise": blockwise.paged_partial, "reference": reference.paged_partial}
-ORDER = {platform: ("blockwise", "reference") for platform in ("cpu", "tpu", "gpu")}
+IMPLEMENTATIONS = {
+    "tpu": tpu.paged_partial,
+    "blockwise": blockwise.paged_partial,
+    "reference": reference.paged_partial,
+}
+ORDER = {
+    "cpu": ("blockwise", "reference"),
+    "tpu": ("tpu", "blockwise", "reference"),
+    "gpu": ("blockwise", "reference"),
+}
 
 
 def paged_partial(

@@ -32,7 +32,7 @@ class FlashCase(NamedTuple):
 
 
 class PagedCase(NamedTuple):
-    """`ctx`: tokens each row has on this instance. `behind`: q stands that many tokens before the row's end."""
+    """`ctx`: tokens each request has on this instance. `behind`: q stands that many tokens before their end."""
 
     name: str
     ctx: tuple[int, ...]
@@ -50,6 +50,8 @@ class PagedCase(NamedTuple):
     soft_cap: float | None = None
     behind: int = 0
     gaps: bool = False  # partly filled pages in any order, rows sharing their first page
+    rows: int = 1  # of each request, with the same entries and one position after the other
+    repeat: bool = False  # few pages, so that a long table needs no large pool: an entry's page is in others too
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ FLASH_CASES = [
     FlashCase("bf16 dim 80, window, soft cap", ragged, dim=80, dtype="bfloat16", window=9, soft_cap=5.0),
 ]
 
+_LONG = {"heads": 1, "kvh": 1, "dim": 16, "num_pages": 256, "repeat": True}
 PAGED_CASES = [
     PagedCase("one row", (100,)),
     PagedCase("one token", (1,)),
@@ -188,6 +191,16 @@ PAGED_CASES = [
     PagedCase("bits, gaps", (100, 60, 333), dtype="bfloat16", storage="uint16", gaps=True, pool_dim=128),
     PagedCase("bits, gather-q", (100, 0, 333), dtype="bfloat16", storage="uint16", qtok=16, behind=20),
     PagedCase("bits, f32 queries", (100, 50), storage="uint16"),
+    PagedCase("rows of one request", (100, 0, 333, 20), qtok=16, rows=5, behind=60),
+    PagedCase("rows of one request, gaps, window", (200, 90), qtok=8, rows=9, behind=40, window=50, gaps=True),
+    *[PagedCase(f"dim {d}", (100, 40), dim=d) for d in (96, 256)],
+    PagedCase("dim 256, page 1", (70, 33), dim=256, page_tokens=1, num_pages=112, num_entries=128),
+    PagedCase("dim 256, page 2", (70, 33), dim=256, page_tokens=2, num_entries=128),
+    PagedCase("page 3", (70, 33), page_tokens=3),
+    PagedCase("page 128, gather-q", (700, 0, 130), page_tokens=128, qtok=128, behind=90),
+    PagedCase("1M tokens, window", (2**20 - 5, 0, 77), window=300, num_entries=2**16 + 99, **_LONG),
+    PagedCase("1M tokens", (2**20 - 5, 0, 77), page_tokens=128, num_entries=2**13 + 99, **_LONG),
+    PagedCase("128 rows x 8K pages", (2**13 - 3,) * 128, page_tokens=1, window=99, num_entries=2**20, **_LONG),
 ]
 
 
@@ -214,7 +227,7 @@ def flash_inputs(case: FlashCase) -> dict[str, jax.Array]:
 
 def paged_inputs(case: PagedCase) -> dict[str, jax.Array]:
     rng = np.random.default_rng(len(case.name) + sum(case.ctx))
-    num_layers, num_rows = 3, len(case.ctx)
+    num_layers, num_rows = 3, len(case.ctx) * case.rows
     free = list(rng.permutation(case.num_pages))
     pool = np.full(
         (num_layers, case.num_pages, 2, case.kvh, case.page_tokens, case.pool_dim or case.dim), np.nan, np.float32
@@ -224,27 +237,31 @@ def paged_inputs(case: PagedCase) -> dict[str, jax.Array]:
     row_len = np.zeros(num_rows, np.int32)
     q_pos = np.full((num_rows, case.qtok), -1, np.int32)
     cursor = 3  # the table need not start at 0
-    for row, ctx in enumerate(case.ctx):
+    for request, ctx in enumerate(case.ctx):
         first, table = int(rng.integers(0, 50)), []
         start = first
         while first < start + ctx:
             page = free.pop()
+            if case.repeat:
+                free.insert(0, page)
             most = rng.integers(1, case.page_tokens + 1) if case.gaps else case.page_tokens
             count = min(most, start + ctx - first)
-            pool[1, page, :, :, :count] = 0
-            pool[1, page, :, :, :count, : case.dim] = _normal(rng, (2, case.kvh, count, case.dim), "bfloat16")
+            if not case.repeat or np.isnan(pool[1, page, 0, 0, count - 1, 0]):
+                pool[1, page, :, :, :count] = 0
+                pool[1, page, :, :, :count, : case.dim] = _normal(rng, (2, case.kvh, count, case.dim), "bfloat16")
             table.append((page, first, count))
             first += count
-        if case.gaps and row > 0 and row_len[0] > 0:
+        if case.gaps and request > 0 and row_len[0] > 0:
             table.append(tuple(entries[row_start[0]]))
         table = rng.permutation(np.array(table, np.int32).reshape(-1, 3)) if case.gaps else table
+        rows = slice(request * case.rows, (request + 1) * case.rows)
         if len(table):
             entries[cursor : cursor + len(table)] = table
-            row_start[row], row_len[row] = cursor, len(table)
+            row_start[rows], row_len[rows] = cursor, len(table)
         cursor += len(table)
         last = max(start + ctx - case.behind, 0)
-        q_pos[row] = last + np.arange(case.qtok)
-        q_pos[row, case.qtok - case.qtok // 4 :] = -1
+        q_pos[rows] = last + np.arange(case.rows * case.qtok).reshape(case.rows, case.qtok)
+        q_pos[rows, case.qtok - case.qtok // 4 :] = -1
     q = 2 * _normal(rng, (num_rows, case.qtok, case.heads, case.dim), case.dtype)
     q[q_pos < 0] = np.nan
     return {
@@ -294,10 +311,10 @@ def dense_paged(case: PagedCase, inputs: dict[str, jax.Array], scale: float) -> 
     q = np.asarray(inputs["q"].astype(jnp.float32), np.float64)
     q_pos, entries, row_start, row_len = (np.asarray(inputs[n]) for n in ("q_pos", "entries", "row_start", "row_len"))
     out, lse = np.zeros(q.shape), np.full(q.shape[:-1], NEG)
-    for row in range(len(case.ctx)):
-        table = entries[row_start[row] : row_start[row] + row_len[row]]
-        tokens = [(p, s, first + s) for p, first, count in table for s in range(count)]
-        page, slot, pos = np.array(tokens, np.int64).reshape(-1, 3).T
+    for row in range(len(q)):
+        table = entries[row_start[row] : row_start[row] + row_len[row]].astype(np.int64)
+        entry, slot = np.nonzero(np.arange(case.page_tokens) < table[:, 2:])
+        page, pos = table[entry, 0], table[entry, 1] + slot
         k, v = pool[page, 0, :, slot], pool[page, 1, :, slot]  # [ctx, kvh, dim]
         for t in range(case.qtok):
             seen = (pos <= q_pos[row, t]) & (q_pos[row, t] - pos < (case.window or 2**30)) & (q_pos[row, t] >= 0)

@@ -4,34 +4,71 @@ A new implementation joins its op's table, as it runs without its hardware, and 
 `UNSUPPORTED`.
 """
 
+import itertools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import flash_partial as flash
 from pallas_kernels import paged_partial as paged
+from pallas_kernels.chips import LANES
 from pallas_kernels.partial import NEG, Partial
 from tests.pallas_kernels import cases
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 """Relative to the largest magnitude of the answer (at least 1), by the dtype of q."""
 
+
+def paged_on_tpu(kv_pages: jax.Array, **kwargs) -> Partial:
+    """The TPU kernel in TPU's interpreter, over a pool as TPU has it: padded with zeros to lanes."""
+    kv_pages = jnp.pad(kv_pages, [(0, 0)] * 5 + [(0, -kv_pages.shape[-1] % LANES)])
+    return paged.IMPLEMENTATIONS["tpu"](kv_pages=kv_pages, **kwargs, interpret=pltpu.InterpretParams())
+
+
 FLASH = {
     "tpu": partial(flash.IMPLEMENTATIONS["tpu"], interpret=True, block_q=128, block_kv=128),
     "blockwise": flash.IMPLEMENTATIONS["blockwise"],
     "reference": flash.IMPLEMENTATIONS["reference"],
 }
-PAGED = {"blockwise": paged.IMPLEMENTATIONS["blockwise"], "reference": paged.IMPLEMENTATIONS["reference"]}
+PAGED = {
+    "tpu": paged_on_tpu,
+    "blockwise": paged.IMPLEMENTATIONS["blockwise"],
+    "reference": paged.IMPLEMENTATIONS["reference"],
+}
 """The functions to test; kernels are interpreted, in small blocks so that there are several."""
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """For interpreted kernels, which spend most of their time there."""
 
-UNSUPPORTED: dict[tuple[str, str], frozenset[str]] = {}
+UNSUPPORTED: dict[tuple[str, str], frozenset[str]] = {
+    # pages of few tokens are read as rows of the pool; for these that would be a copy of it
+    ("paged_partial", "tpu"): frozenset({"page 3", "dim 256, page 2"}),
+}
 """(op, implementation) -> names of the cases it refuses."""
+
+QUICK = {
+    ("paged_partial", "tpu"): frozenset(
+        {
+            "rows", "all empty", "gaps", "queries before all", "gather-q behind, gaps", "page 1", "page 2", "page 3",
+            "page 128", "window", "soft cap", "MHA", "dim 96", "dim 256", "dim 256, page 2", "bits, gaps",
+            "rows of one request, gaps, window", "1M tokens, window",
+        }
+    )
+}  # fmt: skip
+"""(op, implementation) -> names of the cases outside the slow leg, of one that takes seconds for each."""
+
+
+def grid(op: str, table: dict, every: list):
+    """Every case on every implementation."""
+    params = []
+    for case, name in itertools.product(every, table):
+        marks = pytest.mark.slow if case.name not in QUICK.get((op, name), {case.name}) else ()
+        params.append(pytest.param(case, name, marks=marks, id=f"{case.name}-{name}"))
+    return pytest.mark.parametrize(("case", "implementation"), params)
 
 
 def worst(name: str, got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
@@ -94,8 +131,7 @@ def test_a_window_may_be_data():
                 np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", PAGED)
-@pytest.mark.parametrize("case", cases.PAGED_CASES, ids=lambda c: c.name)
+@grid("paged_partial", PAGED, cases.PAGED_CASES)
 def test_paged_partial(case: cases.PagedCase, implementation: str):
     inputs = cases.paged_inputs(case)
     got = run("paged_partial", PAGED, implementation, case, inputs)

@@ -65,3 +65,15 @@ def test_flash_partial_compiles_for_tpu_and_copies_nothing(names):
         assert report["temp_bytes"] < max(MIB, report["input_bytes"] / 100), report
         # every pair, rounded up to blocks; of several calls the compiler counts one
         assert report["flops"] >= report["all_pairs_flops"] or "long" in report["name"], report
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize(("share", "count"), [("quick", 9), pytest.param("others", 22, marks=pytest.mark.slow)])
+def test_paged_partial_compiles_and_copies_no_pool(share: str, count: int):
+    reports = compiled("tpu_paged", share)
+    assert len(reports) == count, reports
+    for report in reports:
+        assert report["kernel"], report
+        assert report["alias_bytes"] == report["pool_bytes"], report
+        # Once to be written and once to be added up.
+        assert report["temp_bytes"] < 2 * report["out_bytes"] + MIB < report["pool_bytes"] / 4, report
