@@ -114,10 +114,9 @@ class SimExecutor:
         event = self.answer(step, done)
         for instance in done.instances:
             self._queues[instance].remove(step)
-        for instance in done.instances:
-            queue = self._queues[instance]
-            if queue:
-                self._try_start(queue[0], now_us)
+        heads = {queue[0]: None for instance in done.instances if (queue := self._queues[instance])}
+        for head in heads:  # in the order of instances
+            self._try_start(head, now_us)
         return event
 
     def _try_start(self, step: int, now_us: int) -> None:
@@ -125,8 +124,9 @@ class SimExecutor:
         if waiting is None or step in self._started:
             return
         queues = [self._queues[instance] for instance in waiting.instances]
-        if any(queue[0] != step for queue in queues):
-            return
+        for queue in queues:
+            if queue[0] != step:
+                return
         partner = self._partner(waiting, queues) if self._fused else None
         if partner is None:
             self._start((waiting,), waiting.seconds, now_us)
