@@ -6,7 +6,8 @@ A random Llama of about 100M parameters is written once. Each engine runs in a p
 environments of their own, made here when missing), and takes its turn at every case, so that other work on the machine
 slows all of them alike. The machine's limits are measured in the same run: matrix products and reading memory.
 
-    scripts/bench_engine.py [--json OUT] [--engines loong,transformers,openvino] [--dtypes float32,bfloat16] [--quick]
+    scripts/bench_engine.py [--json OUT] [--engines loong,transformers,openvino] [--dtypes float32,bfloat16]
+        [--cases "prefill 512,decode 1 x 512,dop"]
 """
 
 import argparse
@@ -80,14 +81,11 @@ class Case(NamedTuple):
         return itemsize * (LAYER_WEIGHTS + HEAD_WEIGHTS + self.batch * self.context * KV_TOKEN_ELEMENTS) / 1e9
 
 
-def cases(quick: bool) -> list[Case]:
-    prefills = [Case("prefill", tokens) for tokens in PREFILL_TOKENS[: 2 if quick else None]]
-    decodes = [
-        Case("decode", max(4, 32 // batch if context > 512 else 64 // batch), batch, context)
-        for batch, context in DECODE
-        if not quick or batch * context <= 8 * 512
-    ]
-    return prefills + decodes
+CASES = [Case("prefill", tokens) for tokens in PREFILL_TOKENS] + [
+    Case("decode", max(4, 32 // batch if context > 512 else 64 // batch), batch, context) for batch, context in DECODE
+]
+DOP_CASE = "dop"
+"""By this name the comparison of one instance with DOP is asked for."""
 
 
 class Worker:
@@ -180,14 +178,15 @@ def machine_limits(dtype: str) -> dict[str, float]:
     return {"gflops": 2 * size**3 / product_s / 1e9, "read_gbytes_s": long.nbytes / read_s / 1e9}
 
 
-def measure(dtype: str, engines: Sequence[str], quick: bool, repeats: int) -> dict[str, Any]:
+def measure(dtype: str, engines: Sequence[str], names: Sequence[str], repeats: int) -> dict[str, Any]:
     model = make_checkpoint(dtype)
     limits = machine_limits(dtype)
-    workers = {engine: start(engine, model, dtype) for engine in engines}
+    chosen = [case for case in CASES if case.name in names]
+    workers = {engine: start(engine, model, dtype) for engine in engines if chosen}
     itemsize = np.dtype(np.float32).itemsize if dtype == "float32" else 2
     rows = []
     try:
-        for case in cases(quick):
+        for case in chosen:
             taken: dict[str, list[float]] = {engine: [] for engine in engines}
             for _ in range(1 + (repeats if case.tokens * case.batch + case.context < 8192 else 1)):
                 for engine, worker in workers.items():
@@ -241,22 +240,27 @@ def main() -> None:
     parser.add_argument("--engines", default="loong,transformers,openvino")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--repeats", type=int, default=3, help="turns of a short case, best taken")
-    parser.add_argument("--quick", action="store_true", help="short prompts and small batches alone")
+    everything = [*(case.name for case in CASES), DOP_CASE]
+    parser.add_argument("--cases", default=",".join(everything), help="default: %(default)s")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     engines = args.engines.split(",")
     if engines[0] != "loong":
         parser.error("--engines: loong comes first")
+    names = args.cases.split(",")
+    if not set(names) <= set(everything):
+        parser.error(f"--cases: {', '.join(sorted(set(names) - set(everything)))} is none of {', '.join(everything)}")
     results = []
     for dtype in args.dtypes.split(","):
         ratios = " | ".join(f"loong / {engine}" for engine in engines[1:])
         print(f"\n{dtype}: tokens/s (share of the machine's limit)\n\n| | {' | '.join(engines)} | {ratios} |")
         print("|---" * (2 * len(engines)) + "|")
-        results.append(measure(dtype, engines, args.quick, args.repeats))
+        results.append(measure(dtype, engines, names, args.repeats))
         limits = results[-1]["limits"]
         print(f"\nlimits: {limits['gflops']:.0f} GFLOP/s, {limits['read_gbytes_s']:.0f} GB/s read")
-        results[-1]["dop"] = compare_dop(dtype, PREFILL_TOKENS[1], args.repeats)
-        print(f"prefill {PREFILL_TOKENS[1]}, DoP {DOP} against DoP 1: {results[-1]['dop']['ratio']:.2f} times the time")
+        if DOP_CASE in names:
+            results[-1]["dop"] = dop = compare_dop(dtype, PREFILL_TOKENS[1], args.repeats)
+            print(f"prefill {dop['tokens']}, DoP {DOP} against DoP 1: {dop['ratio']:.2f} times the time")
     if args.json:
         report = {"cores": os.cpu_count(), "jax": jax.__version__, "results": results}
         args.json.write_text(json.dumps(report, indent=1))
