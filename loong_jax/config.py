@@ -189,7 +189,7 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     instance can hold (shared pages have one entry per request); `slots`: requests alive at once; `adjust_tokens`: most
     tokens of one request whose logits may be biased, banned, or penalised for their number; `max_top`: most likeliest
     tokens reported for a position; `kv_window`: that of the model, where every layer has one: KV further back is
-    dropped (0: all is kept).
+    dropped (0: all is kept); `attention`: "pallas": kernels where the platform has them; "reference": pure JAX alone.
     """
 
     num_instances: int
@@ -203,6 +203,7 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     adjust_tokens: int = 8192
     max_top: int = 20
     kv_window: int = 0
+    attention: str = "pallas"
 
     def __post_init__(self) -> None:
         _require(self.num_instances >= 1, "num_instances", "must be positive")
@@ -221,6 +222,7 @@ class ClusterConfig(msgspec.Struct, frozen=True):
         _require(max(self.ladder.dops) <= self.num_instances, "dops", "exceed num_instances")
         # A request keeps its newest page, so that whoever loses the step that made it is told of a loss.
         _require(self.kv_window == 0 or self.kv_window >= 2, "kv_window", "must be 0 or at least 2")
+        _require(self.attention in ("pallas", "reference"), "attention", "must be 'pallas' or 'reference'")
 
     @property
     def table_entries(self) -> int:

@@ -75,6 +75,7 @@ def serve(
     dops: flags.Dops = "auto",
     prefill_buckets: flags.PrefillBuckets = "auto",
     decode_buckets: flags.DecodeBuckets = "auto",
+    attention: flags.Attention = "pallas",
     warm_up: flags.WarmUp = "minimal",
     policy: flags.PolicyName = "elastic",
     platform: flags.Platform = "default",
@@ -104,6 +105,7 @@ def serve(
             dops=dops,
             prefill_buckets=prefill_buckets,
             decode_buckets=decode_buckets,
+            attention=attention,
         )
         engine = EngineConfig(
             cluster=cluster,
@@ -137,6 +139,7 @@ def profile(
     dops: flags.Dops = "auto",
     prefill_buckets: flags.PrefillBuckets = "auto",
     decode_buckets: flags.DecodeBuckets = "auto",
+    attention: flags.Attention = "pallas",
     platform: flags.Platform = "default",
     cache_dir: flags.CacheDir = "~/.cache/loong",
 ) -> None:
@@ -158,6 +161,7 @@ def profile(
             dops=dops,
             prefill_buckets=prefill_buckets,
             decode_buckets=decode_buckets,
+            attention=attention,
         )
         engine = EngineConfig(cluster=cluster, limits=LimitsConfig(), dtype=flags.dtype_of(dtype))
         _use_platform(platform, engine)

@@ -38,6 +38,9 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bf
 PoolTokens = Annotated[int, typer.Option(min=1, help="KV of all instances together, in tokens.")]
 PageTokens = Annotated[int, typer.Option(min=1, help="Tokens of a page.")]
 RingTokens = Annotated[int, typer.Option(min=1, help="Tokens of a context tile that circulates in prefill.")]
+Attention = Annotated[
+    str, typer.Option(help="'pallas': kernels where the platform has them. 'reference': attention in pure JAX.")
+]
 MaxRunning = Annotated[int, typer.Option(min=1, help="Requests running at once.")]
 MaxWaiting = Annotated[int, typer.Option(min=1, help="Requests waiting at once; more are refused.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="New tokens of one prefill step over its group.")]
@@ -136,6 +139,7 @@ def cluster_config(
     dops: str,
     prefill_buckets: str,
     decode_buckets: str,
+    attention: str = "pallas",
 ) -> ClusterConfig:
     """Raises ConfigError."""
     if instances < 1:
@@ -161,6 +165,7 @@ def cluster_config(
         page_tokens=page_tokens,
         pages_per_instance=-(-pool_tokens // (instances * page_tokens)),
         ring_tokens=ring_tokens,
+        attention=one_of("attention", attention, "pallas", "reference"),
         slots=max_running,
         ladder=ladder,
     )

@@ -58,6 +58,7 @@ class StepShape(NamedTuple):
     prefill_rows: int
     num_deltas: int  # page-table updates one step can carry
     platform: str  # what it is compiled for, which need not be at hand
+    attention: str | None  # the implementation of attention; None: the best that serves the platform
     scores: bool  # a prefill that gives log-probabilities of what it computes
     vocab_size: int
     num_adjust: int  # tokens of one row whose logits may be changed one by one
@@ -88,6 +89,7 @@ def step_shape(program: Program, cluster: ClusterConfig, platform: str, vocab_si
         prefill_rows=cluster.ladder.prefill_rows,
         num_deltas=2 * per_step + 32,
         platform=platform,
+        attention="blockwise" if cluster.attention == "reference" else None,
         scores=program.phase is Phase.SCORE,
         vocab_size=vocab_size,
         num_adjust=min(cluster.adjust_tokens, vocab_size),

@@ -155,7 +155,7 @@ def _attend_gathered(
         part = paged_partial(
             q_rows, q_pos, kv_pages, layer, context.table, context.start[row], length,
             scale=model.attention_scale, window=layer_window(model, layer), soft_cap=model.attn_soft_cap,
-            platform=shape.platform,
+            platform=shape.platform, implementation=shape.attention,
         )  # fmt: skip
         part = Partial(part.out.reshape(-1, heads, dim), part.lse.reshape(-1, heads))
         if dop > 1:
@@ -189,7 +189,8 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
             k, v = block.kv
             part = flash_partial(
                 q, k, v, mask.row, mask.position, kv_mask.row, kv_mask.position,
-                scale=model.attention_scale, window=window, soft_cap=model.attn_soft_cap, platform=shape.platform,
+                scale=model.attention_scale, window=window, soft_cap=model.attn_soft_cap,
+                platform=shape.platform, implementation=shape.attention,
             )  # fmt: skip
             return merge(partial, part), keep_pages(kv_pages, layer, block, shape)
 

@@ -114,6 +114,7 @@ def test_bad_ladder(field: str, change: dict):
         ("kv_window", {"kv_window": -1}),
         ("kv_window", {"kv_window": 1}),
         ("dops", {"num_instances": 4}),
+        ("attention", {"attention": "triton"}),
     ],
 )
 def test_bad_cluster(field: str, change: dict):

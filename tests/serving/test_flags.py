@@ -55,6 +55,7 @@ def test_good_flags():
         ({"prefill_buckets": "100"}, "prefill_tokens: "),
         ({"prefill_buckets": ""}, "prefill-buckets: "),
         ({"decode_buckets": "8,1"}, "decode_rows: "),
+        ({"attention": "dense"}, "attention: 'dense' is none of pallas, reference"),
         ({"prefill_buckets": ",".join(str(16 * i) for i in range(1, 20))}, "ladder: "),
     ],
 )

@@ -4,6 +4,8 @@
 `loong_jax/programs.py`, whose executables may come from a store, which forgets what the compiler said.
 """
 
+import re
+
 import jax
 import msgspec
 import numpy as np
@@ -39,8 +41,21 @@ def compile_step(
         return jax.jit(step.function, donate_argnums=step.donate).lower(*arguments).compile()
 
 
+def kernels_of(compiled: jax.stages.Compiled) -> list[str]:
+    """The kernels of a program for TPU, by the names they were given."""
+    calls = re.findall(r"%([\w.]+) = [^\n]* custom_call_target=\"tpu_custom_call\"", compiled.as_text())
+    return sorted({call.split(".")[0] for call in calls})
+
+
 def memory_of(model: ModelConfig, cluster: ClusterConfig, program: Program, devices: list, platform: str) -> Memory:
-    analysis = compile_step(model, cluster, program, devices, platform).memory_analysis()
+    return memory_in(compile_step(model, cluster, program, devices, platform), model, cluster, program, platform)
+
+
+def memory_in(
+    compiled: jax.stages.Compiled, model: ModelConfig, cluster: ClusterConfig, program: Program, platform: str
+) -> Memory:
+    """Of what `compile_step` gave."""
+    analysis = compiled.memory_analysis()
     step = StepBuilder(model, cluster, platform).build(program)
     state = [leaf for i in step.donate for leaf in jax.tree.leaves(step.arguments[i])]
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state) // (program.dop * cluster.tp)

@@ -70,7 +70,8 @@ def test_prefill_needs_no_more_for_any_context():
     assert prefill_memory(pages_per_instance=256).temp_bytes == small.temp_bytes
 
 
-def tpu_memory(*wanted: str) -> dict[str, Memory]:
+def tpu_reports(*wanted: str) -> list[tuple[str, Memory, list[str]]]:
+    """Each program with its memory and the names of its kernels."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("no libtpu for this platform: its compiler needs the extra `tpu`")
     done = subprocess.run(
@@ -84,11 +85,12 @@ def tpu_memory(*wanted: str) -> dict[str, Memory]:
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [msgspec.json.decode(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["program"] for line in lines] == list(wanted)
-    return {line["program"]: Memory(**line["memory"]) for line in lines}
+    return [(line["program"], Memory(**line["memory"]), line["kernels"]) for line in lines]
 
 
 def check_tpu(*wanted: str) -> None:
-    for program, memory in tpu_memory(*wanted).items():
+    for program, memory, kernels in tpu_reports(*wanted):
+        assert ("flash_partial" in kernels) == ("prefill" in program and "reference" not in program), (program, kernels)
         assert memory.state_bytes > 256 * MIB
         assert memory.alias_bytes >= memory.state_bytes, (program, memory)  # the table is padded to tiles
         assert memory.alias_bytes < memory.state_bytes + 4 * MIB, (program, memory)
@@ -101,4 +103,4 @@ def test_pools_stay_in_place_on_tpu():
 
 @pytest.mark.slow
 def test_pools_stay_in_place_on_tpu_in_the_other_sizes():
-    check_tpu("prefill,3,64", "decode,3,64", "prefill,8,128", "decode,8,128")
+    check_tpu("prefill,3,64", "decode,3,64", "prefill,8,128", "decode,8,128", "prefill,3,128,reference")

@@ -1,6 +1,6 @@
-"""Compiles step programs ahead of time for TPU v5e:2x4 and prints what memory they take, one JSON object a program.
+"""Compiles step programs ahead of time for TPU v5e:2x4 and prints their memory and kernels, one JSON object each.
 
-    python -m tests.loong_jax.esp.tpu_memory prefill,3,64 decode,8,128   (phase, DoP, head_dim)
+    python -m tests.loong_jax.esp.tpu_memory prefill,3,64 decode,8,128,reference   (phase, DoP, head_dim, attention)
 
 Run as a program by `test_steps.py`: libtpu reads its settings once per process and ends it on some errors. It needs no
 TPU.
@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from loong_jax.config import ClusterConfig, LadderConfig, ModelConfig
 from loong_jax.types import Phase, Program
-from tests.support.compiled import memory_of
+from tests.support.compiled import compile_step, kernels_of, memory_in
 
 MODEL = ModelConfig(
     family="llama",
@@ -42,11 +42,14 @@ BUCKET = {Phase.PREFILL: 512, Phase.DECODE: 8}
 def main(wanted: list[str]) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     for words in wanted:
-        phase, dop, head_dim = words.split(",")
+        phase, dop, head_dim, *attention = words.split(",")
+        cluster = msgspec.structs.replace(CLUSTER, attention=attention[0]) if attention else CLUSTER
         model = msgspec.structs.replace(MODEL, head_dim=int(head_dim))
         program = Program(Phase(phase), int(dop), BUCKET[Phase(phase)])
-        memory = memory_of(model, CLUSTER, program, list(devices), "tpu")
-        print(msgspec.json.encode({"program": words, "memory": memory}).decode(), flush=True)
+        compiled = compile_step(model, cluster, program, list(devices), "tpu")
+        memory = memory_in(compiled, model, cluster, program, "tpu")
+        report = {"program": words, "memory": memory, "kernels": kernels_of(compiled)}
+        print(msgspec.json.encode(report).decode(), flush=True)
 
 
 if __name__ == "__main__":
