@@ -101,3 +101,25 @@ def test_a_named_workload_runs() -> None:
     config = small_config([], cluster=sim_cluster(4, pool_tokens=100_000), times=RoundTimes())
     result = run(type(config)(times=config.times, workload=workload, cluster=config.cluster))
     assert result.summary.finished == 60
+
+
+@pytest.mark.parametrize("policy", ["elastic", "chunked", "loongserve"])
+def test_nothing_is_decided_by_lengths_that_nobody_knows(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-9: until the first text ends, the same commands, however long the texts will be."""
+    seen: list[list] = []
+    handle = Manager.handle
+
+    def watched(self: Manager, event: object, now_us: int) -> list:
+        commands = handle(self, event, now_us)  # type: ignore[arg-type]
+        seen[-1].append((now_us, event, commands))
+        return commands
+
+    monkeypatch.setattr(Manager, "handle", watched)
+    for extra in (0, 1, 30):
+        seen.append([])
+        run(small_config([(at_us, prompt, 20 + output + extra) for at_us, prompt, output in MANY], policy=policy))
+    short, longer, long = seen
+    for other in (longer, long):
+        same = next(i for i, (a, b) in enumerate(zip(short, other, strict=False)) if a[:2] != b[:2])
+        assert same > 50
+        assert [c for *_, c in short[:same]] == [c for *_, c in other[:same]]
