@@ -136,7 +136,7 @@ class _Leader:
         )
         limits = engines.validation_limits(model, config.engine.cluster)
         self._server = LoongServer(engine.loop, tokenizer, limits, config.server)
-        self._http = None if config.http is None else _http_server(self._server, config.http)
+        self._http = None if config.http is None else _http_server(engine, self._server, config.http)
         self._catch_signals()
         try:
             await self._serve(engine, model)
@@ -227,13 +227,13 @@ class _Leader:
             self._asyncio_loop.add_signal_handler(signum, caught, signum)
 
 
-def _http_server(server: LoongServer, config: HttpConfig) -> HttpServer:
+def _http_server(engine: Engine, server: LoongServer, config: HttpConfig) -> HttpServer:
     """Raises ConfigError where the packages of the extra are missing."""
     try:
         from serving.http.server import HttpServer
     except ModuleNotFoundError as error:
         raise ConfigError(f"http-port: needs {error.name}; pip install 'loong-jax[http]'") from None
-    return HttpServer(server.generator, config)
+    return HttpServer(engine.loop, server.generator, config)
 
 
 def _from_process(merger: CompletionMerger, process: int) -> Callable[[AnyEvent], None]:

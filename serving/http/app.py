@@ -1,4 +1,4 @@
-"""The routes of the HTTP listener, as a Starlette application: OpenAI's, vLLM's beside them, health.
+"""The routes of the HTTP listener, as a Starlette application: OpenAI's, vLLM's beside them, health, metrics.
 
 A route reads a body, has it translated, and hands over; everything else is the gRPC service's too. What it is not: the
 socket and the life cycle (`serving/http/server.py`).
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -31,9 +32,10 @@ from serving.proto.loong.v1 import loong_pb2 as pb
 
 
 class Api:
-    """The routes over a generator."""
+    """The routes over a generator. `scrape` gives what /metrics says."""
 
-    def __init__(self, generator: Generator, config: HttpConfig) -> None:
+    def __init__(self, generator: Generator, config: HttpConfig, scrape: Callable[[], Awaitable[bytes]]) -> None:
+        self._scrape = scrape
         self._generator = generator
         self._config = config
         self._created_s = int(time.time())
@@ -51,6 +53,7 @@ class Api:
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
         ]
         handlers = {HTTPException: _unrouted, Refusal: _refused, ClientGone: _nobody}
         return Starlette(routes=routes, exception_handlers=handlers)  # pyright: ignore[reportArgumentType]
@@ -173,6 +176,9 @@ class Api:
 
     async def version(self, request: Request) -> Response:
         return _json({"version": loong_jax.__version__})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(await self._scrape(), media_type=CONTENT_TYPE_LATEST)
 
     # ---------------------------------------------------------------------------------------------------- bodies
 

@@ -16,6 +16,9 @@ from serving.errors import PortTaken
 from serving.generator import Generator
 from serving.http.app import Api
 from serving.http.config import HttpConfig
+from serving.http.metrics import Metrics
+from serving.http.request_metrics import RequestMetrics
+from serving.loop import EngineLoop
 
 _MAX_HEADER_BYTES = 64 * 1024
 _BACKLOG = 2048
@@ -30,13 +33,18 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """All methods belong to one asyncio loop. Whether requests are taken is the generator's to say."""
+    """All methods belong to one asyncio loop. Whether requests are taken is the generator's to say. From now on the
+    requests of every listener are counted, for /metrics."""
 
-    def __init__(self, generator: Generator, config: HttpConfig) -> None:
+    def __init__(self, loop: EngineLoop, generator: Generator, config: HttpConfig) -> None:
         self._config = config
+        limits = generator.limits
+        requests = RequestMetrics(limits.max_context_tokens)
+        generator.observer = requests
+        metrics = Metrics(loop.ask_state, requests, model_name=config.model_name, pool_tokens=limits.pool_tokens)
         self._server = _Server(
             uvicorn.Config(
-                Api(generator, config).app(),
+                Api(generator, config, metrics.scrape).app(),
                 http="h11",  # bounds the headers
                 ws="none",
                 lifespan="off",

@@ -39,7 +39,7 @@ class LiveHttp:
 async def live_http(config: HttpConfig | None = None, **options: Any) -> AsyncIterator[LiveHttp]:
     """`options` are those of live_server."""
     async with live_server(**options) as live:
-        server = HttpServer(live.server.generator, config or HttpConfig(port=0, model_name="echo"))
+        server = HttpServer(live.loop, live.server.generator, config or HttpConfig(port=0, model_name="echo"))
         port = await server.start()
         url = f"http://127.0.0.1:{port}"
         try:

@@ -52,7 +52,7 @@ def test_a_client_that_reads_nothing_is_cut_off():
             _, writer = await connected(live)
             writer.write(raw(live, json.dumps(body).encode(), "content-type: application/json"))
             await eventually(lambda: live.live.manager.num_steps > 20, 10)
-            await eventually(lambda: not live.live.manager.running, 20)
+            await asyncio.wait_for(live.live.server.generator.idle(), 20)
             assert (await live.post("/v1/completions", prompt="a", max_tokens=1)).status_code == 200
             writer.transport.abort()
 

@@ -18,7 +18,7 @@ def test_a_taken_port_is_an_error_with_its_number():
             port = taken.getsockname()[1]
             async with live_http() as live:
                 with pytest.raises(PortTaken, match=str(port)):
-                    await HttpServer(live.live.server.generator, HttpConfig(port=port)).start()
+                    await HttpServer(live.live.loop, live.live.server.generator, HttpConfig(port=port)).start()
 
     asyncio.run(run())
 
