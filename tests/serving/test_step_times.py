@@ -128,10 +128,21 @@ def test_a_refit_is_an_event_and_comes_rarely(tape: Tape) -> None:
     expected_us = 4 * prefill_us()
     assert tape.times.cost.prefill_s(2, 1000, 5e5, 0, ContextForm.RING) == pytest.approx(expected_us / 1e6, rel=0.05)
     assert tape.times.num_refits == 1
-    assert tape.times.cost_update(now_us + REFIT_US - 1) is None
-    assert tape.times.cost_update(now_us + REFIT_US) is None  # nothing new was seen
-    slow_prefills(tape, 20, first=100)
-    assert tape.times.cost_update(200_000_000) is None  # and now it fits
+    for step in range(40, 60):  # off again, and at once
+        tape.issue(prefill(step), now_us)
+        tape.done(step, now_us + 1000)
+        now_us += 1000
+    assert tape.times.cost_update(now_us) is None
+    assert tape.times.cost_update(now_us + REFIT_US) is not None
+
+
+def test_what_fits_is_left_alone(tape: Tape) -> None:
+    update = tape.times.cost_update(slow_prefills(tape, 31))
+    assert update is not None
+    tape.times.saw_event(update, 0)
+    assert tape.times.cost_update(100_000_000) is None  # nothing new was seen
+    slow_prefills(tape, 64, first=200)
+    assert tape.times.cost_update(400_000_000) is None
 
 
 def test_few_steps_make_no_refit(tape: Tape) -> None:
