@@ -26,6 +26,8 @@ PACE = 0.9
 """Share of a token time that rows are held to: steps end when they end."""
 WORTH = 4
 """A chunk beside decodes takes at least so many times the fixed cost of a step, or it is not worth its start."""
+JOIN_ROWS = 16
+"""A group of more rows is not small: it stays where it is."""
 FULL = 0.6
 """Share of a token time that a decode group's step may take before no more rows are moved into it."""
 GAIN = 0.6
@@ -119,7 +121,7 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
     token_s = draft.limits.token_us * 1e-6
     for group in sorted(streams, key=lambda group: (group.kv_tokens, group.rows[0].request)):
         rows = len(home.rows) + len(group.rows)
-        if group is home or len(group.rows) > len(home.rows):
+        if group is home or len(group.rows) > min(len(home.rows), JOIN_ROWS):
             continue
         stay_s, move_s = _worth(draft, group, times)
         after_s = times.cost.decode_s(1, rows, rows, home.kv_tokens + group.kv_tokens)
@@ -148,9 +150,10 @@ def _move(draft: Draft, row: RequestView, src: int, dst: int, pages: int) -> lis
 
 def _worth(draft: Draft, group: DecodeGroup, times: Times) -> tuple[float, float]:
     """Instance seconds of staying apart (the fixed cost of its steps until its rows end), and of moving."""
+    mean = draft.view.mean_output
     longest = move_s = 0.0
     for row in group.rows:
-        longest = max(longest, expected_output(row, draft.view.mean_output) - row.num_generated)
+        longest = max(longest, expected_output(row, mean) - row.num_generated)
         for resident in row.resident:
             move_s += _moves_s(draft, times, resident.tokens, resident.pages)
     return longest * times.cost.decode_s(1, 0, 0, 0), move_s

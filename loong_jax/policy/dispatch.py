@@ -202,18 +202,23 @@ class Memory:
         view = draft.view
         alive = members(draft.alive)
         self._page_tokens = view.page_tokens
+        self._mean_output = view.mean_output
         self._capacity = sum(view.instances[i].num_pages for i in alive)
         self._left = sum(draft.free[i] for i in alive)
         self._growth: list[tuple[float, int]] = []  # (pages yet to come, pages when its prompt is through)
         self._sum = 0.0
         self._holders = 0
         for request in active:
-            if not (request.resident or request.in_flight):
+            if request.running:  # has all its KV: no need to look where
+                missing, pages = 1, -(-request.issued // self._page_tokens)
+            elif request.resident or request.in_flight:
+                missing = draft.pages_needed(request)
+                pages = sum(resident.pages for resident in request.resident) + missing
+            else:
                 continue  # evicted: it must be admitted again
-            missing = draft.pages_needed(request)
             self._left -= missing
             self._holders += 1
-            self._note(request, sum(resident.pages for resident in request.resident) + missing)
+            self._note(request, pages)
 
     def _note(self, request: RequestView, pages: int) -> None:
         growth = self._future(request)
@@ -224,7 +229,7 @@ class Memory:
         """Pages that its output will take; none where a window drops as many behind it."""
         if self._draft.cluster.kv_window:
             return 1.0
-        expected = expected_output(request, self._draft.view.mean_output)
+        expected = expected_output(request, self._mean_output)
         return max(1.0, (expected - request.num_generated) / self._page_tokens)
 
     def admits(self, request: RequestView) -> bool:

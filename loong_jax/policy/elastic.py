@@ -15,6 +15,7 @@ from __future__ import annotations
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost import CostModel
 from loong_jax.policy import allocate, dispatch
+from loong_jax.policy.again import NOTHING, Again
 from loong_jax.policy.dispatch import Candidate, Line
 from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import ReadyGroups
@@ -33,8 +34,6 @@ from loong_jax.types import (
     View,
 )
 
-_EMPTY = Plan()
-
 
 class Elastic:
     """One object per manager."""
@@ -46,8 +45,12 @@ class Elastic:
         self._groups = ReadyGroups(frozenset())
         self._line = Line(limits)
         self._times: Times | None = None
+        self._again = Again()
 
     def plan(self, view: View, cost: CostModel) -> Plan:
+        again = self._again.plan(view.version, view.instances)
+        if again is not None:
+            return again
         if self._ready is not view.ready:
             self._ready, self._groups = view.ready, ReadyGroups(view.ready)
         if self._times is None or self._times.cost is not cost:
@@ -55,7 +58,7 @@ class Elastic:
             self._line.clear()
         draft = Draft(self.cluster, self.limits, self._groups, view, cost)
         if not draft.room:
-            return _EMPTY
+            return NOTHING
         return self._four_steps(draft, self._times)
 
     def _four_steps(self, draft: Draft, times: Times) -> Plan:
@@ -81,7 +84,10 @@ class Elastic:
             planner = PrefillPlanner(draft, times, allocate.allowance(draft, decode.groups, times), price)
             planner.plan(dispatch.admitted(draft, view.active, dispatch.in_order([*begun, *fresh]), places))
             prefills, reservations = planner.prefills, planner.reservations
-        return _resolved(draft, decode.plan(), prefills, migrates, reservations)
+        plan = _resolved(draft, decode.plan(), prefills, migrates, reservations)
+        if not (fresh or begun or plan.evicts or plan.prepares):
+            self._again.keep(view.version, decode.groups, plan.decodes)
+        return plan
 
 
 def _split(view: View) -> tuple[list[RequestView], list[RequestView]]:
@@ -115,7 +121,7 @@ def _resolved(
         if victim is not None:  # its steps must come back first
             decodes = _without(decodes, victim.request)
     if not (prefills or decodes or migrates or draft.prepares or reservations):
-        return _EMPTY
+        return NOTHING
     return Plan(
         migrates=tuple(migrates),
         prefills=tuple(prefills),

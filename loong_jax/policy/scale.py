@@ -88,12 +88,13 @@ class DecodePlanner:
                     self.draft.stuck.append(request)
                 out.append(group)
                 self._merge(out, group)
+        mean = self.draft.view.mean_output
         for group in out:
             if group.group is not None and group.group.mask != group.need:
                 self.draft.want(Phase.DECODE, group.need, len(group.rows))
             for instance in members(group.mask):
                 self.draft.load[instance] += len(group.rows)
-                self.draft.stall[instance] += STALL * len(group.rows) / self.draft.view.mean_output
+                self.draft.stall[instance] += STALL * len(group.rows) / mean
         # Groups that overlap and cannot merge take turns.
         out.sort(key=lambda group: (min(row.in_flight for row in group.rows), group.rows[0].request))
         return out

@@ -1,0 +1,76 @@
+"""The last decision again: where nothing but decoding went on, each group's next step has the rows and masters of the
+one before.
+
+What it is: decode steps kept by `View.version`, with what must still hold: room on every member, a free page for each
+row that may need one, and no row at its end.
+What it is not: a way to plan; whatever is not kept here is planned anew (`elastic.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+
+from loong_jax.policy.draft import MAX_QUEUED_STEPS
+from loong_jax.policy.groups import mask_of
+from loong_jax.policy.scale import DecodeGroup
+from loong_jax.types import InstanceView, Plan, PlannedDecode
+
+NOTHING = Plan()
+
+
+class _Kept:
+    __slots__ = ("left", "mask", "pages", "plan", "step")
+
+    def __init__(self, step: PlannedDecode, left: int) -> None:
+        self.step = step
+        self.plan = Plan(decodes=(step,))
+        self.mask = mask_of(step.instances)
+        self.left = left  # steps until its first row ends
+        self.pages = tuple(Counter(row.master for row in step.rows).items())
+
+
+class Again:
+    def __init__(self) -> None:
+        self._version: int | None = None
+        self._kept: dict[int, _Kept] = {}
+        self._missing = 0  # instances of groups without a step to take again
+
+    def plan(self, version: int, instances: Sequence[InstanceView]) -> Plan | None:
+        """What to do now; None when it must be planned."""
+        if version != self._version:
+            return None
+        room = 0
+        for instance in instances:
+            if instance.alive and instance.queued < MAX_QUEUED_STEPS:
+                room |= 1 << instance.instance
+        if room & self._missing:
+            return None
+        ready = [kept for kept in self._kept.values() if not kept.mask & ~room]
+        for kept in ready:
+            if not kept.left or any(instances[master].free_pages < pages for master, pages in kept.pages):
+                return None
+        for kept in ready:
+            kept.left -= 1
+        if len(ready) == 1:
+            return ready[0].plan
+        return Plan(decodes=tuple([kept.step for kept in ready])) if ready else NOTHING
+
+    def keep(self, version: int, groups: Sequence[DecodeGroup], steps: Sequence[PlannedDecode]) -> None:
+        """Nothing waits for prefill, and these steps of these groups were planned."""
+        if version != self._version:
+            self._version, self._kept = version, {}
+        if any(a.mask & b.mask for a, b in combinations(groups, 2)):
+            self._version = None  # they take turns
+            return
+        planned = {mask_of(step.instances): step for step in steps}
+        self._missing = 0
+        for group in groups:
+            step = planned.get(group.mask)
+            if step is not None and len(step.rows) == len(group.rows):
+                left = min(row.prompt_len + row.max_tokens - row.issued for row in group.rows)
+                self._kept[group.mask] = _Kept(step, left - 1)
+            elif step is not None or group.mask not in self._kept:
+                self._kept.pop(group.mask, None)
+                self._missing |= group.mask

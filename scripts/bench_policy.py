@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""CPU time of the elastic policy's decisions, and what contiguous batches lose against all partitions.
+
+    scripts/bench_policy.py [--png docs/policy_time.png] [--gap]
+
+Decode-only: plans of steady decoding, by running rows. Four steps: plans of a simulated overload, by waiting requests
+and instances, while the line is at least nine tenths of its length. Thread CPU time of `Policy.plan` alone.
+What it is not: the manager's part (`scripts/bench_engine_thread.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from loong_jax.config import ClusterConfig, LimitsConfig  # noqa: E402
+from loong_jax.cost import CostModel  # noqa: E402
+from loong_jax.cost.presets import cost_for  # noqa: E402
+from loong_jax.policy.batch import INFINITE, Batching  # noqa: E402
+from loong_jax.policy.elastic import Elastic  # noqa: E402
+from loong_jax.sim import SimConfig, run, sim_cluster  # noqa: E402
+from loong_jax.sim.workloads import Request, Workload, make_workload  # noqa: E402
+from loong_jax.types import Plan, View  # noqa: E402
+from tests.support.partitions import Case, all_partitions  # noqa: E402
+
+Wanted = Callable[[View, Plan], bool]
+
+
+class Enough(Exception):
+    """So many plans are measured."""
+
+
+class Timed(Elastic):
+    """Seconds of each plan for which `wanted(view, plan)`. Raises Enough after `num_plans`."""
+
+    def __init__(self, cluster: ClusterConfig, limits: LimitsConfig, wanted: Wanted, num_plans: int) -> None:
+        super().__init__(cluster, limits)
+        self.wanted, self.num_plans = wanted, num_plans
+        self.times_s: list[float] = []
+
+    def plan(self, view: View, cost: CostModel) -> Plan:
+        start_s = time.thread_time()
+        plan = super().plan(view, cost)
+        seconds = time.thread_time() - start_s
+        if self.wanted(view, plan):
+            self.times_s.append(seconds)
+            if len(self.times_s) == self.num_plans:
+                raise Enough
+        return plan
+
+
+def measure(workload: Workload, instances: int, wanted: Wanted, num_plans: int) -> list[float]:
+    """Sorted seconds of so many plans."""
+    made: list[Timed] = []
+
+    def policy(cluster: ClusterConfig, limits: LimitsConfig) -> Timed:
+        made.append(Timed(cluster, limits, wanted, num_plans))
+        return made[0]
+
+    limits = LimitsConfig(max_waiting=1 << 20, max_running=8192, chunk_tokens=1 << 20)
+    cluster = sim_cluster(instances, pool_tokens=2_000_000, tp=2)
+    ladder = msgspec.structs.replace(cluster.ladder, decode_rows=(1, 32, 512, 4096))
+    cluster = msgspec.structs.replace(cluster, slots=8192, ladder=ladder)
+    cost = cost_for("A800", "lwm-7b", 2, instances)
+    with contextlib.suppress(Enough):
+        run(SimConfig(times=cost, workload=workload, cluster=cluster, limits=limits, policy=policy))
+    return sorted(made[0].times_s)
+
+
+def decode_only(rows: int, num_plans: int = 400) -> list[float]:
+    """All rows run; then steps alone."""
+    requests = tuple(Request(0, 64, 100_000, 1 << 17) for _ in range(rows))
+
+    def wanted(view: View, plan: Plan) -> bool:
+        return bool(plan.decodes) and not plan.prefills and not view.waiting and all(r.running for r in view.active)
+
+    return measure(Workload("decode", 1.0, requests), 8, wanted, num_plans)
+
+
+def four_steps(waiting: int, instances: int, num_plans: int = 300) -> list[float]:
+    """A burst that nobody could serve in time: the line stays long."""
+    drawn = make_workload("zipf-1.2", rate=1.0, num_requests=waiting + waiting // 4, seed=0).requests
+    requests = tuple(Request(0, r.prompt_len, r.output_len, r.max_tokens) for r in drawn)
+
+    def wanted(view: View, plan: Plan) -> bool:
+        return 0.9 * waiting <= len(view.waiting) <= 1.1 * waiting and bool(plan.prefills)
+
+    return measure(Workload("burst", 1.0, requests), instances, wanted, num_plans)
+
+
+def gap(tight: bool, num: int = 2000) -> list[float]:
+    """Of each random instance that can be served, how much more than the best of all partitions the contiguous ones
+    cost. `tight`: instances have room for some of the requests, the fullest comes first."""
+    out = []
+    for seed in range(num):
+        rng = random.Random(seed)
+        case = Case(rng, max_requests=5, max_instances=4, simple=True)
+        if tight:
+            case.free = sorted(rng.randint(0, 2 * sum(case.pages) // case.m) for _ in range(case.m))
+        if all_partitions(case) == INFINITE:
+            continue
+        found = Batching(case.work, case.pages, case.slots, case.step_s, case.price)
+        out.append(found.costs[case.num] / all_partitions(case) - 1)
+    return sorted(out)
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def line(ordered: list[float], scale: float) -> str:
+    return f"{quantile(ordered, 0.5) * scale:8.2f} {quantile(ordered, 0.99) * scale:8.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--png", type=Path, help="where to draw the growth")
+    parser.add_argument("--gap", action="store_true", help="measure the gap to all partitions instead")
+    args = parser.parse_args()
+    if args.gap:
+        for tight in (False, True):
+            gaps = [g for g in gap(tight) if g < INFINITE]
+            exact = sum(g < 1e-9 for g in gaps) / len(gaps)
+            print(f"{'little' if tight else 'ample'} memory, {len(gaps)} instances: {exact:.1%} equal,", end=" ")
+            print(f"mean {sum(gaps) / len(gaps):.3%}, p99 {quantile(gaps, 0.99):.2%}, max {gaps[-1]:.2%}")
+        return
+    print("decode-only, us: rows, p50, p99")
+    decode = {}
+    for rows in (16, 64, 256, 1024, 4096):
+        decode[rows] = decode_only(rows)
+        print(f"{rows:6}", line(decode[rows], 1e6), flush=True)
+    print("four steps, ms: waiting, instances, p50, p99")
+    full = {}
+    for waiting, instances in ((100, 8), (1000, 8), (3000, 8), (1000, 64), (10_000, 64)):
+        times = full[waiting, instances] = four_steps(waiting, instances)
+        print(f"{waiting:6} {instances:3}", line(times, 1e3), flush=True)
+    if args.png:
+        draw(decode, full, args.png)
+
+
+def draw(decode: dict[int, list[float]], full: dict[tuple[int, int], list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    for share, label in ((0.5, "p50"), (0.99, "p99")):
+        left.plot(list(decode), [quantile(t, share) * 1e6 for t in decode.values()], marker="o", label=label)
+        for n, mark in ((8, "o"), (64, "s")):
+            cases = {w: t for (w, i), t in full.items() if i == n}
+            right.plot(
+                list(cases),
+                [quantile(t, share) * 1e3 for t in cases.values()],
+                marker=mark,
+                label=f"{label}, {n} instances",
+            )
+    left.set(xscale="log", yscale="log", xlabel="running rows", ylabel="us", title="a decode-only decision")
+    right.set(xscale="log", yscale="log", xlabel="waiting requests", ylabel="ms", title="all four steps")
+    left.plot([256, 4096], [30, 150], "r_", markersize=16, label="aim")
+    right.plot([1000, 10_000], [1.5, 15], "r_", markersize=16, label="aim")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
