@@ -46,6 +46,7 @@ def _executables_released():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="redraw tests/golden/*.txt")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 

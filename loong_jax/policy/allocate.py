@@ -26,8 +26,6 @@ PACE = 0.9
 """Share of a token time that rows are held to: steps end when they end."""
 WORTH = 4
 """A chunk beside decodes takes at least so many times the fixed cost of a step, or it is not worth its start."""
-JOIN_ROWS = 16
-"""A group of more rows is not small: it stays where it is."""
 FULL = 0.6
 """Share of a token time that a decode group's step may take before no more rows are moved into it."""
 GAIN = 0.6
@@ -90,12 +88,12 @@ def _slack_s(draft: Draft, group: DecodeGroup, times: Times, least_s: float) -> 
 def consolidated(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
     """One row's KV moves, if the instance time that frees is worth the move: of a row that ties two instances together,
     the smaller part; else the smallest decode group joins the largest."""
-    return _gathered(draft, groups, times) or _joined(draft, groups, times)
+    return _gathered(draft, groups, times) or ([] if draft.held else _joined(draft, groups, times))
 
 
 def _gathered(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
     for group in groups:
-        if group.mask.bit_count() < 2 or group.mask & ~(draft.room & ~draft.taken):
+        if group.mask.bit_count() < 2:
             continue
         spanning = [row for row in group.rows if len(row.resident) > 1]
         # Towards the other rows: a row that was moved to them in part does not come back.
@@ -107,7 +105,7 @@ def _gathered(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list
             stay_s = left * times.cost.decode_s(1, 0, 0, 0) / len(spanning)
             if _moves_s(draft, times, src.tokens, src.pages) <= GAIN * stay_s:
                 planned = _move(draft, row, src.instance, dst.instance, src.pages)
-                if planned:
+                if planned or draft.held:
                     return planned
     return []
 
@@ -121,7 +119,7 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
     token_s = draft.limits.token_us * 1e-6
     for group in sorted(streams, key=lambda group: (group.kv_tokens, group.rows[0].request)):
         rows = len(home.rows) + len(group.rows)
-        if group is home or len(group.rows) > min(len(home.rows), JOIN_ROWS):
+        if group is home or len(group.rows) > len(home.rows):
             continue
         stay_s, move_s = _worth(draft, group, times)
         after_s = times.cost.decode_s(1, rows, rows, home.kv_tokens + group.kv_tokens)
@@ -130,19 +128,21 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
         row = group.rows[0]
         if row.resident:
             planned = _move(draft, row, row.resident[0].instance, dst, row.resident[0].pages)
-            if planned:
+            if planned or draft.held:
                 return planned
     return []
 
 
 def _move(draft: Draft, row: RequestView, src: int, dst: int, pages: int) -> list[PlannedMigrate]:
-    """The move, if it can be made now and leaves headroom."""
+    """The move, if it leaves headroom. Where both instances are only busy with decode steps, they keep room for it."""
     mask = 1 << src | 1 << dst
     program = Program(Phase.MIGRATE, 2, draft.cluster.ladder.move_pages)
     headroom = draft.limits.decode_headroom_pages * (draft.load[dst] + 1)
-    if mask & ~(draft.room & ~draft.taken) or pages + headroom > draft.free[dst]:
+    if pages + headroom > draft.free[dst] or (program, (min(src, dst), max(src, dst))) not in draft.view.ready:
         return []
-    if (program, (min(src, dst), max(src, dst))) not in draft.view.ready:
+    if mask & ~(draft.room & ~draft.taken):
+        if not any(draft.view.instances[i].prefilling for i in (src, dst)) and not mask & draft.taken:
+            draft.held |= mask
         return []
     draft.taken |= mask
     return [PlannedMigrate(Rehome(row.request, src, dst, pages))]
@@ -150,12 +150,10 @@ def _move(draft: Draft, row: RequestView, src: int, dst: int, pages: int) -> lis
 
 def _worth(draft: Draft, group: DecodeGroup, times: Times) -> tuple[float, float]:
     """Instance seconds of staying apart (the fixed cost of its steps until its rows end), and of moving."""
-    mean = draft.view.mean_output
-    longest = move_s = 0.0
-    for row in group.rows:
-        longest = max(longest, expected_output(row, mean) - row.num_generated)
-        for resident in row.resident:
-            move_s += _moves_s(draft, times, resident.tokens, resident.pages)
+    mean, num = draft.view.mean_output, len(group.rows)
+    longest = max(expected_output(row, mean) - row.num_generated for row in group.rows)
+    tokens = group.kv_tokens // num
+    move_s = num * _moves_s(draft, times, tokens, tokens // draft.cluster.page_tokens + 1)
     return longest * times.cost.decode_s(1, 0, 0, 0), move_s
 
 

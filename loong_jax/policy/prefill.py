@@ -16,7 +16,7 @@ from loong_jax.cost import row_pairs
 from loong_jax.policy import placement
 from loong_jax.policy.allocate import Allowance
 from loong_jax.policy.batch import INFINITE, Batch, Batching, Shape, Slots, Work
-from loong_jax.policy.dispatch import Candidate
+from loong_jax.policy.dispatch import Candidate, weight_of
 from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import Group, mask_of, members
 from loong_jax.policy.times import Times
@@ -226,7 +226,7 @@ class PrefillPlanner:
         later = self._units(rows)
         free = dict(self.draft.free)
         # Where instances are wanted for prefill, rows gather; where they are not, each gets an instance of its own.
-        load = [-rows for rows in self.draft.load] if self.price else self.draft.load
+        load = [-count for count in self.draft.load] if self._wanted(rows) else self.draft.load
         for request, runs in rows:
             num_units = buckets.num_units(runs, self._page_tokens)
             later -= num_units
@@ -245,6 +245,11 @@ class PrefillPlanner:
         self.draft.free = free
         form = ContextForm.RING if rehome else form
         return PlannedPrefill(group.instances, form, planned_rows, tuple(keep), tuple(rehome), rows[0][0].score)
+
+    def _wanted(self, rows: Rows) -> bool:
+        """Whether others than these wait for instances."""
+        own = sum(weight_of(request) for request, _ in rows) / len(self.draft.view.instances)
+        return self.price > own * 1.001
 
     def _place_even(self, rows: Rows, group: Group, form: ContextForm) -> PlannedPrefill:
         keep: list[Share] = []
@@ -286,9 +291,14 @@ def _cohort(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
     for candidate in candidates:
         if len(out) == most or candidate.request.resident:
             break
-        if candidate.request.score == candidates[0].request.score and candidate.urgent == candidates[0].urgent:
+        if _kind(candidate) == _kind(candidates[0]):
             out.append(candidate)
     return out
+
+
+def _kind(candidate: Candidate) -> tuple[bool, bool, int]:
+    """Those of one kind may share a step, the shortest first."""
+    return candidate.request.score, candidate.urgent, candidate.request.target.priority
 
 
 def _numbered(cohort: Sequence[Candidate], batch: Batch) -> list[tuple[int, Candidate]]:
