@@ -18,13 +18,13 @@ from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import members
 from loong_jax.policy.scale import DecodeGroup
 from loong_jax.policy.times import Times
-from loong_jax.types import Phase, PlannedMigrate, Program, Rehome, RequestView
+from loong_jax.types import Phase, PlannedMigrate, Program, Rehome, RequestView, Resident
 
 FAR_BEHIND = 20
 """A row so many token times behind its target cannot be brought back; others are not held for it."""
 PACE = 0.9
 """Share of a token time that rows are held to: steps end when they end."""
-WORTH = 4
+WORTH = 8
 """A chunk beside decodes takes at least so many times the fixed cost of a step, or it is not worth its start."""
 FULL = 0.6
 """Share of a token time that a decode group's step may take before no more rows are moved into it."""
@@ -76,13 +76,18 @@ def _slack_s(draft: Draft, group: DecodeGroup, times: Times, least_s: float) -> 
     slack_us = lost_s = float("inf")
     for row in group.rows:
         token_us = PACE * (row.target.tpot_us or default_us)
-        first_us = row.first_token_us if row.first_token_us >= 0 else now_us
-        ahead_us = first_us + token_us * (row.issued - row.prompt_len) - now_us
+        ahead_us = _ahead_us(row, token_us, now_us)
         if ahead_us > -FAR_BEHIND * token_us:
             slack_us = min(slack_us, ahead_us)
         else:  # cannot be brought back: it does not hold the others, nor is it pushed much further
             lost_s = least_s
     return min(lost_s, slack_us * 1e-6 - (2 if group.in_flight else 1) * step_s)
+
+
+def _ahead_us(row: RequestView, token_us: float, now_us: int) -> float:
+    """How much later than now its next token is due, at one each `token_us` since its first."""
+    first_us = row.first_token_us if row.first_token_us >= 0 else now_us
+    return first_us + token_us * (row.issued - row.prompt_len) - now_us
 
 
 def consolidated(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
@@ -104,7 +109,7 @@ def _gathered(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list
             # A row less that needs them both; when it is the last, every step takes one instance less.
             stay_s = left * times.cost.decode_s(1, 0, 0, 0) / len(spanning)
             if _moves_s(draft, times, src.tokens, src.pages) <= GAIN * stay_s:
-                planned = _move(draft, row, src.instance, dst.instance, src.pages)
+                planned = _move(draft, times, row, src, dst.instance)
                 if planned or draft.held:
                     return planned
     return []
@@ -127,22 +132,27 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
             continue
         row = group.rows[0]
         if row.resident:
-            planned = _move(draft, row, row.resident[0].instance, dst, row.resident[0].pages)
+            planned = _move(draft, times, row, row.resident[0], dst)
             if planned or draft.held:
                 return planned
     return []
 
 
-def _move(draft: Draft, row: RequestView, src: int, dst: int, pages: int) -> list[PlannedMigrate]:
-    """The move, if it leaves headroom. Where both instances are only busy with decode steps, they keep room for it."""
+def _move(draft: Draft, times: Times, row: RequestView, held: Resident, dst: int) -> list[PlannedMigrate]:
+    """The move, if it leaves headroom. Instances that are busy with decode steps keep room for it."""
+    src, pages = held.instance, held.pages
     mask = 1 << src | 1 << dst
+    token_us = PACE * (row.target.tpot_us or draft.limits.token_us)
+    if _ahead_us(row, token_us, draft.view.now_us) < times.cost.migrate_s(held.tokens) * 1e6:
+        return []  # it has no time for that yet, and may end before it has
     program = Program(Phase.MIGRATE, 2, draft.cluster.ladder.move_pages)
     headroom = draft.limits.decode_headroom_pages * (draft.load[dst] + 1)
     if pages + headroom > draft.free[dst] or (program, (min(src, dst), max(src, dst))) not in draft.view.ready:
         return []
-    if mask & ~(draft.room & ~draft.taken):
-        if not any(draft.view.instances[i].prefilling for i in (src, dst)) and not mask & draft.taken:
-            draft.held |= mask
+    if mask & draft.taken or any(draft.view.instances[i].prefilling for i in (src, dst)):
+        return []  # behind a prefill on one of them the other would stand still
+    if mask & ~draft.room:
+        draft.held |= mask
         return []
     draft.taken |= mask
     return [PlannedMigrate(Rehome(row.request, src, dst, pages))]
