@@ -42,29 +42,38 @@ def packed(
     free: dict[int, int],
     headroom: int,
     load: Sequence[int],
+    most: dict[int, int] | None = None,
 ) -> Placement:
     """Keep the request on the fewest of `instances` that hold it all with `headroom` free pages; its pages elsewhere
-    move there. `load`: decode rows by instance, to spread requests that fit on one. Falls back to even shares."""
+    move there. `load`: decode rows by instance, to spread requests that fit on one. `most`: pages of it that each may
+    hold, where memory allows that. Falls back to even shares."""
     held = {resident.instance: resident.pages for resident in view.resident}
-    target = _fewest(held, sum(held.values()) + num_units + headroom, instances, free, load)
-    if target is None:
+    need = sum(held.values()) + num_units + headroom
+    room = {i: free[i] + held.get(i, 0) for i in instances}
+    limits = [room] if most is None else [{i: min(room[i], most[i]) for i in instances}, room]
+    for room in limits:
+        target = _fewest(held, need, instances, room, load)
+        if target is not None:
+            break
+    else:
         return even(view, num_units, instances, free)
+    spare = {i: max(0, room[i] - held.get(i, 0)) for i in target}
     rehome: list[Rehome] = []
     for src in sorted(set(held) - set(target)):
         left = held[src]
         for dst in target:
-            pages = min(left, free[dst])
+            pages = min(left, spare[dst])
             if pages:
                 rehome.append(Rehome(view.request, src, dst, pages))
+                spare[dst] -= pages
                 free[dst] -= pages
                 left -= pages
-    return Placement(_fill(num_units, target, free), tuple(rehome))
+    return Placement(_fill(num_units, target, free, spare), tuple(rehome))
 
 
 def _fewest(
-    held: dict[int, int], need: int, instances: Sequence[int], free: dict[int, int], load: Sequence[int]
+    held: dict[int, int], need: int, instances: Sequence[int], room: dict[int, int], load: Sequence[int]
 ) -> list[int] | None:
-    room = {i: free[i] + held.get(i, 0) for i in instances}
     single = [i for i in instances if room[i] >= need]
     if single:
         return [min(single, key=lambda i: (-held.get(i, 0), load[i], -room[i], i))]
@@ -77,13 +86,13 @@ def _fewest(
     return None
 
 
-def _fill(num_units: int, target: Sequence[int], free: dict[int, int]) -> tuple[Share, ...]:
-    """Shares in order of `target`, as even as free pages allow."""
+def _fill(num_units: int, target: Sequence[int], free: dict[int, int], spare: dict[int, int]) -> tuple[Share, ...]:
+    """Shares in order of `target`, as even as the pages to spare allow."""
     keep: list[Share] = []
     left = num_units
-    by_free = sorted(target, key=lambda i: (free[i], i))
-    for index, instance in enumerate(by_free):
-        pages = min(free[instance], -(-left // (len(by_free) - index)))
+    by_spare = sorted(target, key=lambda i: (spare[i], i))
+    for index, instance in enumerate(by_spare):
+        pages = min(spare[instance], -(-left // (len(by_spare) - index)))
         if pages:
             keep.append(Share(instance, pages))
             free[instance] -= pages

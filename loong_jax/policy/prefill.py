@@ -14,7 +14,7 @@ from typing import NamedTuple
 from loong_jax import buckets
 from loong_jax.cost import row_pairs
 from loong_jax.policy import placement
-from loong_jax.policy.allocate import Allowance
+from loong_jax.policy.allocate import PACE, Allowance
 from loong_jax.policy.batch import INFINITE, Batch, Batching, Shape, Slots, Work
 from loong_jax.policy.dispatch import Candidate, weight_of
 from loong_jax.policy.draft import Draft
@@ -232,7 +232,8 @@ class PrefillPlanner:
             later -= num_units
             if runs[-1].end == request.known and self._spare(group, free) >= num_units + later:
                 headroom = self.draft.limits.decode_headroom_pages
-                placed = placement.packed(request, num_units, group.instances, free, headroom, load)
+                most = self._readable(request, group)
+                placed = placement.packed(request, num_units, group.instances, free, headroom, load, most)
             else:
                 placed = placement.even(request, num_units, group.instances, free)
             if self._spare(group, free) < later:  # re-homing took what a later row needs
@@ -245,6 +246,17 @@ class PrefillPlanner:
         self.draft.free = free
         form = ContextForm.RING if rehome else form
         return PlannedPrefill(group.instances, form, planned_rows, tuple(keep), tuple(rehome), rows[0][0].score)
+
+    def _readable(self, request: RequestView, group: Group) -> dict[int, int]:
+        """Pages of it that each instance reads within its token time, beside those that lie there."""
+        cost, draft = self.times.cost, self.draft
+        token_s = PACE * 1e-6 * (request.target.tpot_us or draft.limits.token_us)
+        dop, pool = min(2, group.dop), draft.cluster.pages_per_instance
+        base_s = cost.decode_s(dop, 1, 1, 0)
+        pool_s = cost.decode_s(dop, 1, 1, pool * self._page_tokens) - base_s
+        pages = int(pool * max(0.0, token_s - base_s) / pool_s) if pool_s > 0 else pool
+        own = {resident.instance: resident.pages for resident in request.resident}
+        return {i: max(0, pages - (pool - draft.free[i] - own.get(i, 0))) for i in group.instances}
 
     def _wanted(self, rows: Rows) -> bool:
         """Whether others than these wait for instances."""

@@ -60,3 +60,19 @@ def test_shares_fit_and_cover(seed: int) -> None:
         moved[rehome.src] = moved.get(rehome.src, 0) + rehome.pages
     assert all(before[i] - taken[i] == free[i] >= 0 for i in instances)
     assert all(pages == held[f"i{src}"] for src, pages in moved.items()), "an instance is left whole or not at all"
+
+
+def test_no_instance_holds_more_than_it_can_read_in_time() -> None:
+    """Ten pages fit on one; with six at most, they are shared out, unless that cannot be. What moves counts too."""
+    limit = dict.fromkeys(range(4), 6)
+    placed = placement.packed(view(), 10, range(4), dict.fromkeys(range(4), 16), 0, [0] * 4, limit)
+    assert [share.pages for share in placed.keep] == [5, 5]
+    placed = placement.packed(view(), 10, (0,), {0: 16}, 0, [0] * 4, limit)
+    assert placed.keep == (Share(0, 10),)
+    placed = placement.packed(view(i2=3, i3=3), 6, range(4), {0: 16, 1: 16, 2: 0, 3: 0}, 0, [0] * 4, limit)
+    after = {0: 0, 1: 0}
+    for share in placed.keep:
+        after[share.instance] += share.pages
+    for rehome in placed.rehome:
+        after[rehome.dst] += rehome.pages
+    assert after == {0: 6, 1: 6}
