@@ -81,15 +81,21 @@ def _round_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
+def _unit_bytes(plan: Plan, q_itemsize: int) -> int:
+    """Of one unit's queries and partial in VMEM."""
+    rows = _round_up(plan.queries, 2 * SUBLANES)
+    return plan.kvh * (rows * plan.pool_dim * (q_itemsize + 4) + 4 * SUBLANES * _round_up(rows, LANES))
+
+
 def vmem_bytes(plan: Plan, q_itemsize: int, pool_itemsize: int) -> int:
     """An upper estimate of what a step keeps in VMEM: queries and partials twice, as the pipeline does, the two halves
     of the buffer, the online softmax, and the tiles of one head's fold."""
     rows, fold = _round_up(plan.queries, 2 * SUBLANES), plan.fold_pages * plan.page_tokens
-    piped = rows * plan.pool_dim * (q_itemsize + 4) + 4 * SUBLANES * _round_up(rows, LANES)
-    softmax = 4 * rows * (plan.pool_dim + 2 * LANES)
+    piped = 2 * plan.step_units * _unit_bytes(plan, q_itemsize)
+    softmax = 4 * plan.kvh * rows * (plan.pool_dim + 2 * LANES)
     buffer = 2 * plan.block_pages * math.prod(plan.page_shape) * pool_itemsize
     tiles = 4 * rows * (4 * _round_up(fold, LANES) + 2 * plan.pool_dim) + 4 * 4 * fold * plan.pool_dim
-    return plan.kvh * (2 * plan.step_units * piped + softmax) + buffer + tiles
+    return piped + softmax + buffer + tiles
 
 
 def smem_bytes(plan: Plan) -> int:
@@ -120,9 +126,9 @@ def choose_plan(plan: Plan, chip: Chip, q_itemsize: int, pool_itemsize: int, **o
     while True:
         unit = sizes["unit_rows"]
         num_units = pl.cdiv(plan.num_rows, unit)
-        step_bytes = plan.kvh * unit * row_queries * plan.pool_dim * (q_itemsize + 4)
-        steps = given.get("step_units", max(1, min(num_units, STEP_BYTES // step_bytes)))
-        chosen = plan._replace(**sizes | {"step_units": steps, "num_rows": num_units * unit})
+        chosen = plan._replace(**sizes | {"num_rows": num_units * unit})
+        step = max(1, min(num_units, STEP_BYTES // _unit_bytes(chosen, q_itemsize)))
+        chosen = chosen._replace(step_units=given.get("step_units", step))
         if vmem_bytes(chosen, q_itemsize, pool_itemsize) <= chip.vmem_limit_bytes:
             break
         if unit > 1 and "unit_rows" not in given:
