@@ -46,12 +46,11 @@ class Case(NamedTuple):
 
 
 WORKLOADS = (
-    Case("sharegpt"), Case("leval"), Case("lveval"), Case("mixed"),
-    Case("zipf-1.0"), Case("zipf-1.2"), Case("zipf-1.4"), Case("zipf-1.2", "bursts"),
-    Case("azure"), Case("mooncake"), Case("arxiv"), Case("mixed", "bursts"),
+    Case("lveval"), Case("mixed"), Case("zipf-1.0"), Case("leval"), Case("mixed", "bursts"), Case("mooncake"),
+    Case("zipf-1.2"), Case("zipf-1.2", "bursts"), Case("arxiv"), Case("zipf-1.4"), Case("azure"), Case("sharegpt"),
 )  # fmt: skip
 LOADS = (0.15, 0.3, 0.45, 0.6, 0.75)
-GRID_S, LEAST_REQUESTS, MOST_REQUESTS = 100.0, 150, 1500
+GRID_S, LEAST_REQUESTS, MOST_REQUESTS = 100.0, 150, 600
 """As many requests as come in so long, within bounds: several times the 15 s that a first token may take."""
 
 SYSTEMS = (
