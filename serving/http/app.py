@@ -55,7 +55,7 @@ class Api:
             Route("/version", self.version, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
         ]
-        handlers = {HTTPException: _unrouted, Refusal: _refused, ClientGone: _nobody}
+        handlers = {HTTPException: _unrouted, Refusal: self._refused, ClientGone: _nobody}
         return Starlette(routes=routes, exception_handlers=handlers)  # pyright: ignore[reportArgumentType]
 
     # ------------------------------------------------------------------------------------------- generation
@@ -189,6 +189,13 @@ class Api:
             self._check_model(model)
         return body
 
+    async def _refused(self, request: Request, refusal: Exception) -> Response:
+        """What is refused before the generator, which counts the rest, has seen it."""
+        assert isinstance(refusal, Refusal)
+        if request.method == "POST" and self._generator.observer is not None:
+            self._generator.observer.refused(refusal)
+        return _refusal(refusal)
+
     def _check_model(self, name: str) -> None:
         if name != self._config.model_name:
             raise UnknownModel(f"model: {name[:200]!r} is not served here; there is {self._config.model_name!r}")
@@ -207,8 +214,7 @@ def _json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
-async def _refused(request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, Refusal)
+def _refusal(refusal: Refusal) -> Response:
     headers = {name.decode(): value.decode() for name, value in errors.headers(refusal)}
     return JSONResponse(errors.body(refusal), errors.status(refusal), headers)
 
@@ -217,9 +223,9 @@ async def _unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     if error.status_code == 405:
-        return await _refused(request, WrongMethod(f"{request.method} {path}: another method is needed"))
-    return await _refused(request, UnknownPath(f"{path}: there is nothing here"))
+        return _refusal(WrongMethod(f"{request.method} {path}: another method is needed"))
+    return _refusal(UnknownPath(f"{path}: there is nothing here"))
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
-    return await _refused(request, NotServing("the client has gone"))
+    return _refusal(NotServing("the client has gone"))

@@ -4,9 +4,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import loong_jax
 from serving.http.config import HttpConfig
+from serving.http.schema import CompletionBody
 from tests.support.byte_tokenizer import BOS, EOS, byte_tokenizer
 from tests.support.fake_engine import FakeManager, echo
 from tests.support.live_http import TEMPLATE, LiveHttp, live_http
@@ -150,6 +153,29 @@ def test_refusals_are_error_objects(path, body, status, param, code):
         error = response.json()["error"]
         assert (response.status_code, error["param"], error["code"]) == (status, param, code)
         assert (await live.post(COMPLETIONS, prompt="a", max_tokens=1)).status_code == 200
+
+    served(test)
+
+
+NUMBERS = st.sampled_from([0, 1, -1, 2, 64, 65, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 0.5, 1e-9, 1e300, -0.0, True])
+TEXTS = st.sampled_from(["", "a", "\x00é"])
+OTHERS = st.sampled_from([[], [1], ["a", ""], {}, {"5": 1}, {"999": 1}, [[1], []]])
+VALUES = st.none() | NUMBERS | TEXTS | OTHERS
+FIELDS = st.sampled_from(sorted(CompletionBody.model_fields.keys() - {"prompt", "model"}) + ["best_of", "x"])
+
+
+@settings(max_examples=6)
+@given(st.lists(st.dictionaries(FIELDS, VALUES, max_size=4), min_size=25, max_size=25))
+def test_any_values_are_served_or_refused_by_name_and_nothing_stays(bodies):
+    async def test(live: LiveHttp):
+        for body in bodies:
+            response = await live.post(COMPLETIONS, **{"prompt": "abc", **body})
+            assert response.status_code in (200, 400, 429), (body, response.text)
+            if response.status_code == 400:
+                param = response.json()["error"]["param"]
+                assert param.split(".")[0].split("[")[0] in {*body, "n", "max_tokens", "stream_options"}, (body, param)
+        assert (await live.post(COMPLETIONS, prompt="a", max_tokens=1)).status_code == 200
+        await eventually(lambda: not live.live.manager.running and not live.live.manager.waiting)
 
     served(test)
 

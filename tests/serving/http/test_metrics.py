@@ -94,6 +94,7 @@ def test_requests_of_both_listeners_are_counted():
         async with live_http() as live:
             await live.post("/v1/completions", prompt="abc", max_tokens=5, n=2)
             await live.post("/v1/completions", prompt="abc", top_p=0)
+            await live.post("/v1/completions", prompt="abc", no_such_field=1)
             await live.live.client.generate(pb.GenerateRequest(text="ab", max_tokens=4))
             await eventually(lambda: not live.live.manager.running)
             found = await scraped(live)
@@ -102,7 +103,7 @@ def test_requests_of_both_listeners_are_counted():
             assert value(found, "vllm:generation_tokens_total") == 14
             assert value(found, "vllm:time_to_first_token_seconds_count") == 3
             assert value(found, "vllm:inter_token_latency_seconds_count") == 11
-            assert value(found, "loong_refusals_total", code="invalid_value") == 1
+            assert value(found, "loong_refusals_total", code="invalid_value") == 2
             assert value(found, "vllm:engine_healthy") == value(found, "loong_ready") == 1
             assert value(found, "vllm:num_requests_running") == 0
 

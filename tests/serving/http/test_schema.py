@@ -66,6 +66,22 @@ def test_what_asks_for_nothing_is_taken():
     assert body.temperature == 1.0
 
 
+STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [[1, 2]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True},  # lm-eval
+        {**STREAM, "max_tokens": 5, "stop": None, "ignore_eos": True},  # guidellm
+        {**STREAM, "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 5, "logprobs": None},  # vllm bench
+    ],
+)
+def test_bodies_of_tools_are_taken(fields):
+    body = completion(**fields)
+    assert body.model_dump(exclude_unset=True) == {"prompt": "a", **fields}
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
