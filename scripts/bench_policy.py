@@ -87,7 +87,7 @@ def decode_only(rows: int, num_plans: int = 400) -> list[float]:
     return measure(Workload("decode", 1.0, requests), 8, wanted, num_plans)
 
 
-def four_steps(waiting: int, instances: int, num_plans: int = 300) -> list[float]:
+def four_steps(waiting: int, instances: int, num_plans: int = 100) -> list[float]:
     """A burst that nobody could serve in time: the line stays long."""
     drawn = make_workload("zipf-1.2", rate=1.0, num_requests=waiting + waiting // 4, seed=0).requests
     requests = tuple(Request(0, r.prompt_len, r.output_len, r.max_tokens) for r in drawn)
