@@ -39,9 +39,12 @@ from pallas_kernels.storage import gather_pages, write_pages
 
 
 class Block(NamedTuple):
-    """KV in hand with what is needed to mask and keep it. It travels the ring as a whole."""
+    """KV in hand with what is needed to mask and keep it. It travels the ring as a whole.
 
-    kv: Float[Array, "2 tok kvh dim"]
+    K and V are two arrays: kernels take them so, and to cut one in two is a copy at each step of the ring."""
+
+    k: Float[Array, "tok kvh dim"]
+    v: Float[Array, "tok kvh dim"]
     units: Int[Array, "unit 4"]  # row, first position, count, home (see esp/layout.py)
 
 
@@ -66,7 +69,7 @@ def keep_pages(kv_pages: jax.Array, layer: jax.Array | int, block: Block, shape:
     home = block.units[:, UNIT_HOME]
     mine = (home >= 0) & (home // shape.num_pages == lax.axis_index("sp"))
     page = jnp.where(mine, home % shape.num_pages, shape.num_pages)
-    return write_pages(kv_pages, layer, page, block.kv[0], block.kv[1])
+    return write_pages(kv_pages, layer, page, block.k, block.v)
 
 
 def travel(block: Block, dop: int) -> Block:
@@ -186,9 +189,8 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
 
         def use(partial, kv_pages, block):
             kv_mask = token_mask(block.units, shape.page_tokens)
-            k, v = block.kv
             part = flash_partial(
-                q, k, v, mask.row, mask.position, kv_mask.row, kv_mask.position,
+                q, block.k, block.v, mask.row, mask.position, kv_mask.row, kv_mask.position,
                 scale=model.attention_scale, window=window, soft_cap=model.attn_soft_cap,
                 platform=shape.platform, implementation=shape.attention,
             )  # fmt: skip
@@ -197,11 +199,11 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
         def use_tile(index, carry):
             partial, kv_pages = carry
             page, tile_units = context.tile(index, shape)
-            tile = jnp.stack(gather_pages(kv_pages, layer, page, model.head_dim, k.dtype))
-            return ring(use, partial, kv_pages, Block(tile, tile_units), shape.dop)
+            tile = gather_pages(kv_pages, layer, page, model.head_dim, k.dtype)
+            return ring(use, partial, kv_pages, Block(*tile, tile_units), shape.dop)
 
         partial = empty(q.shape)
-        partial, kv_pages = ring(use, partial, kv_pages, Block(jnp.stack([k, v]), units), shape.dop)
+        partial, kv_pages = ring(use, partial, kv_pages, Block(k, v, units), shape.dop)
         partial, kv_pages = lax.fori_loop(0, fields["num_ring_tiles"], use_tile, (partial, kv_pages))
         partial = _attend_gathered(partial, q, units, kv_pages, layer, context, fields["num_query_tiles"], model, shape)
         return partial.out.astype(q.dtype), kv_pages

@@ -171,6 +171,6 @@ def test_each_chunk_sends_what_the_even_placement_sends(packed: Recording, even:
         # a hop: K and V of a block, and what is needed to mask and keep it
         hops = data.model.num_layers * (len(EVERYONE) - 1) * (1 + one[0])
         kv_bytes = 2 * 64 * data.model.num_kv_heads * data.model.head_dim * 4
-        assert numbers["collective-permute"] == 2 * hops
+        assert numbers["collective-permute"] == 3 * hops  # K, V, and where they belong
         assert num_bytes["collective-permute"] == hops * (kv_bytes + 4 * 4 * 4)
         assert {kind for kind in KINDS if numbers[kind]} == {"collective-permute", "all-reduce"}
