@@ -61,12 +61,18 @@ def allowance(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> Allo
             continue
         slack_s = _slack_s(draft, group, times, least_s)
         if slack_s < least_s:
-            if group.targeted or not group.in_flight:
+            if (group.targeted and _reachable(draft, group, times)) or not group.in_flight:
                 only_urgent |= mask
             slack_s = least_s
         for instance in members(mask):
             budgets[instance] = min(budgets[instance], slack_s)
     return Allowance(free & ~only_urgent, free & only_urgent, budgets, home)
+
+
+def _reachable(draft: Draft, group: DecodeGroup, times: Times) -> bool:
+    """Whether a step can be as fast as its rows want; else they alternate with prompts, which are not shut out."""
+    wanted_us = min(row.target.tpot_us or draft.limits.token_us for row in group.rows)
+    return group.step_s(times.cost) * 1e6 < PACE * wanted_us
 
 
 def _slack_s(draft: Draft, group: DecodeGroup, times: Times, least_s: float) -> float:

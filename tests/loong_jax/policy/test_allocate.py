@@ -50,6 +50,10 @@ def test_rows_that_are_behind_go_first_and_only_the_urgent_may_come_between() ->
     assert (found.open, found.urgent) == (0b10, 0b01)
 
 
+def test_a_target_that_no_step_can_meet_shuts_nobody_out() -> None:
+    assert allowed(paced(decoding(0, {0: 8}, in_flight=1), generated=1, tpot_us=1_000)).open == 0b11
+
+
 def test_without_a_target_chunk_and_step_alternate() -> None:
     behind = paced(decoding(0, {0: 8}, in_flight=1), generated=1)
     assert allowed(behind).open == 0b11
@@ -58,9 +62,9 @@ def test_without_a_target_chunk_and_step_alternate() -> None:
 
 def test_a_row_far_behind_does_not_hold_the_others() -> None:
     ahead = paced(decoding(0, {0: 4}, in_flight=1), generated=10, tpot_us=30_000)
-    lost = paced(decoding(1, {0: 4}, in_flight=1), generated=1, tpot_us=1, since_us=-1_000_000)
+    lost = paced(decoding(1, {0: 4}, in_flight=1), generated=1, tpot_us=3_000, since_us=-1_000_000)
     assert allowed(ahead, msgspec.structs.replace(lost, first_token_us=0)).open == 0b10
-    lost = msgspec.structs.replace(lost, target=Target(tpot_us=1), first_token_us=0, prompt_len=lost.issued + 1000)
+    lost = msgspec.structs.replace(lost, target=Target(tpot_us=3_000), first_token_us=0, prompt_len=lost.issued + 1000)
     assert allowed(ahead, lost).open == 0b11
 
 
