@@ -29,7 +29,7 @@ TIMEOUT_S = 600
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a server's HTTP address; absent: one is started")
     parser.add_argument("--instances", default="2", help="of the server that is started")
     args = parser.parse_args()
