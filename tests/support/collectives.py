@@ -23,6 +23,22 @@ _BODY = re.compile(r"body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
+def permute_overlaps(scheduled_hlo: str) -> tuple[list[int], int]:
+    """How many kernels of a program for TPU run between start and end of each asynchronous permute, and how many
+    permutes are synchronous. Raises ValueError for text that is not in the order of execution."""
+    if "is_scheduled=true" not in scheduled_hlo:
+        raise ValueError("the HLO is not scheduled: its lines say nothing of time")
+    kernels, under_way = [], {}
+    for line in scheduled_hlo.splitlines():
+        if started := re.search(r"%([\w.\-]+) = .* collective-permute-start\(", line):
+            under_way[started[1]] = 0
+        elif ended := re.search(r" collective-permute-done\(.*?%([\w.\-]+)\)", line):
+            kernels.append(under_way.pop(ended[1]))
+        elif 'custom_call_target="tpu_custom_call"' in line:
+            under_way = {name: count + 1 for name, count in under_way.items()}
+    return kernels, len(re.findall(r" collective-permute\(", scheduled_hlo))
+
+
 class Traffic(NamedTuple):
     """(kind -> number) and (kind -> bytes of results on one device): always; each ring tile; each query tile."""
 

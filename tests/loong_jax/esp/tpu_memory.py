@@ -18,6 +18,7 @@ from jax.experimental import topologies
 
 from loong_jax.config import ClusterConfig, LadderConfig, ModelConfig
 from loong_jax.types import Phase, Program
+from tests.support.collectives import permute_overlaps
 from tests.support.compiled import compile_step, kernels_of, memory_in
 
 MODEL = ModelConfig(
@@ -48,7 +49,14 @@ def main(wanted: list[str]) -> None:
         program = Program(Phase(phase), int(dop), BUCKET[Phase(phase)])
         compiled = compile_step(model, cluster, program, list(devices), "tpu")
         memory = memory_in(compiled, model, cluster, program, "tpu")
-        report = {"program": words, "memory": memory, "kernels": kernels_of(compiled)}
+        overlaps, num_sync = permute_overlaps(compiled.as_text())
+        report = {
+            "program": words,
+            "memory": memory,
+            "kernels": kernels_of(compiled),
+            "permute_overlaps": overlaps,
+            "num_sync_permutes": num_sync,
+        }
         print(msgspec.json.encode(report).decode(), flush=True)
 
 
