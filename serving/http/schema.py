@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
+import pydantic_core
 from pydantic import Field
 from pydantic_core import from_json
 
@@ -17,8 +18,12 @@ from serving.errors import InvalidField
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
-TokenIds = list[Int32]
+TokenIds = Annotated[list[Int32], Field(fail_fast=True)]
 MAX_PROMPTS = 128
+_MAX_KEYS = 64
+_MAX_BIASES = 2048
+# Pydantic tells every error it finds: of millions of wrong values it would make millions of words. So lists end at the
+# first, and objects are bounded before they are looked into.
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's
@@ -69,8 +74,21 @@ _SHAPES = {
 """Of fields with several types: what to say, in place of what each of them says."""
 
 
+def _bounded(most: int) -> pydantic.BeforeValidator:
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise pydantic_core.PydanticCustomError("too_many", "has more than {most} keys", {"most": most})
+        return value
+
+    return pydantic.BeforeValidator(check)
+
+
 class _Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Options = TypeVar("Options", bound=_Model)
+Small = Annotated[Options, _bounded(_MAX_KEYS)]
 
 
 class StreamOptions(_Model):
@@ -84,9 +102,9 @@ class GenerationBody(_Model):
     model: str | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, _bounded(_MAX_BIASES)] = None
     max_tokens: Int64 | None = None
-    metadata: dict[str, str] | None = None  # for the client's own books: not used
+    metadata: Annotated[dict[str, str] | None, _bounded(_MAX_KEYS)] = None  # for the client's own books: not used
     min_p: float | None = None
     min_tokens: Int64 | None = None
     n: Int64 | None = None
@@ -97,10 +115,10 @@ class GenerationBody(_Model):
     return_tokens_as_token_ids: bool | None = None
     safety_identifier: str | None = None  # not used
     seed: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Int32] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: TokenIds | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Small[StreamOptions] | None = None
     temperature: float | None = None
     top_k: Int64 | None = None
     top_p: float | None = None
@@ -111,8 +129,8 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[
         str
         | TokenIds
-        | Annotated[list[str], Field(max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS)],
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
         Field(union_mode="left_to_right"),
     ]
     echo: bool | None = None
@@ -128,7 +146,7 @@ class MessageBody(_Model):
     """The last ones are what clients send back of an earlier answer."""
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[Small[TextPart]], Field(fail_fast=True)] | None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
@@ -136,8 +154,11 @@ class MessageBody(_Model):
     tool_calls: None = None
 
 
+Messages = Annotated[list[Small[MessageBody]], Field(fail_fast=True)]
+
+
 class ChatBody(GenerationBody):
-    messages: list[MessageBody]
+    messages: Messages
     logprobs: bool | None = None
     max_completion_tokens: Int64 | None = None
     top_logprobs: Int64 | None = None
@@ -148,7 +169,7 @@ class TokenizeBody(_Model):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[MessageBody] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -169,6 +190,8 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
         raise InvalidField("body", f"is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidField("body", "is no JSON object")
+    if len(fields) > 2 * _MAX_KEYS:
+        raise InvalidField("body", f"has more than {2 * _MAX_KEYS} keys")
     _drop_neutral(fields, kind)
     try:
         return kind.model_validate(fields)

@@ -99,6 +99,15 @@ def test_a_body_in_chunks_is_bounded_too_and_so_are_all_together():
     asyncio.run(run())
 
 
+def test_no_body_is_larger_than_a_prompt_can_be():
+    async def run():
+        async with live_http() as live:  # 2,048 tokens of context
+            for num_bytes, status in ((1_200_000, 400), (1_400_000, 413)):
+                assert (await live.post("/v1/completions", prompt="a" * num_bytes)).status_code == status
+
+    asyncio.run(run())
+
+
 def test_a_body_that_does_not_come():
     async def run():
         async with live_http(HttpConfig(port=0, body_timeout_s=0.2)) as live:

@@ -2,6 +2,7 @@
 
 import json
 
+import pydantic
 import pytest
 
 from serving.errors import InvalidField
@@ -125,3 +126,43 @@ def test_other_messages_are_refused_by_place(message, field):
 
 def test_a_field_of_one_kind_is_not_neutral_in_it():
     assert decoded(b'{"prompt": "a", "add_special_tokens": false}', TokenizeBody).add_special_tokens is False
+
+
+MANY = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b'{"prompt": [' + b'"",' * MANY + b"1]}", "prompt"),
+        (b'{"prompt": [' + b"[]," * MANY + b"1]}", "prompt"),
+        (b'{"prompt": [' + b"1.5," * MANY + b"1]}", "prompt"),
+        (b'{"prompt": "a", "stop": [' + b"1," * MANY + b"1]}", "stop"),
+        (b'{"prompt": "a", "stop_token_ids": [' + b"null," * MANY + b"1]}", "stop_token_ids[0]"),
+        (b'{"messages": [' + b"{}," * MANY + b"{}]}", "messages[0].role"),
+        (b'{"messages": [{"role": "a", "content": [' + b"{}," * MANY + b"{}]}]}", "messages[0].content"),
+    ],
+)
+def test_of_a_million_wrong_values_one_is_told(data, field):
+    with pytest.raises(InvalidField) as error:
+        decoded(data, ChatBody if b"messages" in data else CompletionBody)
+    assert error.value.field == field
+    cause = error.value.__context__
+    assert isinstance(cause, pydantic.ValidationError)
+    assert cause.error_count() < 10
+
+
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [
+        ('{"prompt": "a", %s}', "body"),
+        ('{"prompt": "a", "logit_bias": {%s}}', "logit_bias"),
+        ('{"prompt": "a", "metadata": {%s}}', "metadata"),
+        ('{"prompt": "a", "stream_options": {%s}}', "stream_options"),
+    ],
+)
+def test_objects_of_many_keys_are_refused_unseen(place, field):
+    keys = ", ".join(f'"{i}": {{}}' for i in range(10_000))
+    with pytest.raises(InvalidField, match="has more than [0-9]* keys") as error:
+        decoded((place % keys).encode(), CompletionBody)
+    assert error.value.field == field
