@@ -284,10 +284,12 @@ def flash_partial(
     q_extents = extents(*q_labels.reshape(2, num_q, blocks.q))
     kv_extents = extents(*kv_labels.reshape(2, num_kv, blocks.kv))
     inputs = (q_labels, kv_labels, _heads_first(q, blocks.q), _heads_first(k, blocks.kv), _heads_first(v, blocks.kv))
+    # What several calls write into must be whole blocks: JAX's interpreter pads an output, but not what it aliases.
+    out_tok = inputs[2].shape[1] if call_q == num_q else num_q * blocks.q
     varying = jax.typeof(varying_zero(q, k, v, q_req, q_pos, kv_req, kv_pos)).manual_axis_type
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying)
-        for shape in (inputs[2].shape, (heads, 1, num_q * blocks.q))
+        for shape in ((heads, out_tok, dim), (heads, 1, num_q * blocks.q))
     ]
     kernel = partial(_kernel, blocks=blocks, scale=scale, soft_cap=soft_cap, windowed=window is not None)
     options = {
