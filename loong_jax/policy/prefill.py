@@ -31,6 +31,9 @@ from loong_jax.types import (
     Share,
 )
 
+MANY_CHUNKS = 16
+"""So many, alone on the largest group, make a prompt a long one."""
+
 Rows = Sequence[tuple[RequestView, tuple[Run, ...]]]
 
 
@@ -133,13 +136,14 @@ class PrefillPlanner:
         draft, times = self.draft, self.times
         phase, most = head.request.prefill_phase, draft.limits.chunk_tokens
         shapes: dict[tuple[int, int], Shape] = {}
+        widest = self._most_instances(head)
         landing = self.price * 2 * times.cost.migrate_s(head.tokens) if self.allowance.home else 0.0
         for at in range(len(order)):
             mask, budget_s = 0, INFINITE
             for dop, instance in enumerate(order[at:], start=1):
                 mask |= 1 << instance
                 budget_s = min(budget_s, self.allowance.budget_s[instance])
-                group = draft.ready.exactly(phase, mask) if dop in times.dops else None
+                group = draft.ready.exactly(phase, mask) if dop in times.dops and dop <= widest else None
                 if group is not None:
                     tokens = times.chunk_tokens(dop, 0, budget_s, min(most, group.bucket * dop))
                     shapes[at, dop] = Shape(tokens, 0.0 if mask & self.allowance.home else landing)
@@ -157,7 +161,7 @@ class PrefillPlanner:
 
     def _first(self, candidate: Candidate, tokens: int) -> tuple[Run, ...]:
         page_tokens = self._page_tokens
-        return take(candidate.request.missing, -(-tokens // page_tokens), page_tokens)
+        return buckets.take(candidate.request.missing, -(-tokens // page_tokens), page_tokens)
 
     # ---- one alone
 
@@ -168,7 +172,9 @@ class PrefillPlanner:
         allowed = self._open(head)
         best = self._best_group(head, need, allowed)
         if best is not None and (best.fits or not self._hold(head, need, allowed)):
-            self._issue([(request, take(request.missing, best.units, self._page_tokens))], best.group, best.form)
+            self._issue(
+                [(request, buckets.take(request.missing, best.units, self._page_tokens))], best.group, best.form
+            )
         elif best is None and not self._hold(head, need, allowed):
             self._starved(request, need)
 
@@ -182,7 +188,10 @@ class PrefillPlanner:
         all_units = buckets.num_units(request.missing, page_tokens)
         whole = draft.pages_needed(request) + draft.limits.decode_headroom_pages
         best: _Alone | None = None
+        most = self._most_instances(head)
         for group in draft.ready.covering(request.prefill_phase, need, allowed):
+            if group.dop > most and best is not None and best.fits:
+                continue
             free = sum(draft.free[i] for i in group.instances)
             budget_s = min(self.allowance.budget_s[i] for i in group.instances)
             units = min(free, group.bucket * group.dop // page_tokens, max(1, draft.limits.chunk_tokens // page_tokens))
@@ -198,6 +207,13 @@ class PrefillPlanner:
             if best is None or (not option.fits, option.cost) < (not best.fits, best.cost):
                 best = option
         return best
+
+    def _most_instances(self, candidate: Candidate) -> int:
+        """A prompt of many chunks leaves an instance to those that come meanwhile, if a group of all the others can be
+        formed: they would wait for a chunk of it each time."""
+        alive = self.draft.alive.bit_count()
+        many = candidate.seconds > MANY_CHUNKS * self.draft.limits.chunk_us * 1e-6
+        return alive - 1 if many and alive - 1 in self.times.dops else alive
 
     def _hold(self, head: Candidate, need: int, allowed: int) -> bool:
         """Reserve the smallest group that would do, if some of it is busy now. One request at a time holds; decodes go
@@ -315,17 +331,3 @@ def _kind(candidate: Candidate) -> tuple[bool, bool, int]:
 
 def _numbered(cohort: Sequence[Candidate], batch: Batch) -> list[tuple[int, Candidate]]:
     return [(k, cohort[k]) for k in range(batch.first, batch.last)]
-
-
-def take(missing: tuple[Run, ...], num_units: int, page_tokens: int) -> tuple[Run, ...]:
-    """The first runs of `missing`, `num_units` units at most; a cut falls on a page boundary where it can."""
-    out: list[Run] = []
-    for run in missing:
-        if num_units <= 0:
-            break
-        end = min(run.end, run.first + num_units * page_tokens)
-        if end < run.end and end - end % page_tokens > run.first:
-            end -= end % page_tokens
-        out.append(Run(run.first, end - run.first))
-        num_units -= -(-(end - run.first) // page_tokens)
-    return tuple(out)

@@ -114,5 +114,16 @@ def sim_cluster(num_instances: int, *, pool_tokens: int, tp: int = 1, page_token
         page_tokens=page_tokens,
         pages_per_instance=max(1, pool_tokens // page_tokens),
         slots=SIM_LIMITS.max_running,
-        ladder=ladder_for(num_instances, SIM_LADDER),
+        ladder=_ladder(num_instances),
     )
+
+
+def _ladder(num_instances: int) -> LadderConfig:
+    """The usual DoPs, and that of all instances but one where the ladder has room for it: the group of a long prompt
+    that leaves one to the others."""
+    ladder = ladder_for(num_instances, SIM_LADDER)
+    dops = tuple(sorted({*ladder.dops, max(1, num_instances - 1)}))
+    try:
+        return msgspec.structs.replace(ladder, dops=dops)
+    except ConfigError:
+        return ladder

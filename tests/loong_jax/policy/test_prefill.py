@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from loong_jax.buckets import take
 from loong_jax.policy import allocate, dispatch
-from loong_jax.policy.prefill import PrefillPlanner, take
+from loong_jax.policy.prefill import PrefillPlanner
 from loong_jax.policy.scale import DecodePlanner
 from loong_jax.policy.times import Times
 from loong_jax.types import ContextForm, Phase, Program, Run
