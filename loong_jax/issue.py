@@ -116,10 +116,11 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
             _require(tail is not None and tail[0] == master, "INV-10: decode: no free page on the master", planned_row)
         page, run = ledger.extend(request.id, master, issued - 1)
         request.issued = issued + 1
+        # A row that is at its end, waits for the host, or came to another group: what was planned holds no more.
+        if issued + 1 == request.end or request.needs_history or request.sampled_on != instances:
+            state.changes += 1
         request.sampled_on = instances
         request.last_master = master
-        if request.needs_history:  # runs no more until the host knows the token
-            state.changes += 1
         masters[master] += 1
         samples[request.id] = issued
         row = DecodeRow(

@@ -578,7 +578,8 @@ class View(Protocol):
     slots). `requests`: the active ones and as many waiting ones as may start, so a policy may start any of them.
     `mean_output`: generated tokens of the requests that ended by themselves, on average.
     `version` changes with everything but ordinary decoding: between two plans of one version the same requests run, on
-    the same instances, and only their lengths grew. Lists of requests cost their length to read, the rest does not.
+    the same instances, none came to its end or was decoded by another group, and only lengths grew. Lists of requests
+    cost their length to read, the rest does not.
     """
 
     @property

@@ -1,8 +1,8 @@
 """The last decision again: where nothing but decoding went on, each group's next step has the rows and masters of the
 one before.
 
-What it is: decode steps kept by `View.version`, with what must still hold: room on every member, a free page for each
-row that may need one, and no row at its end.
+What it is: decode steps kept by `View.version`, with what must still hold: room on every member, and a free page for
+each row that may need one. (A row that comes to its end, or to another group, is a new version.)
 What it is not: a way to plan; whatever is not kept here is planned anew (`elastic.py`).
 """
 
@@ -21,13 +21,12 @@ NOTHING = Plan()
 
 
 class _Kept:
-    __slots__ = ("left", "mask", "pages", "plan", "step")
+    __slots__ = ("mask", "pages", "plan", "step")
 
-    def __init__(self, step: PlannedDecode, left: int) -> None:
+    def __init__(self, step: PlannedDecode) -> None:
         self.step = step
         self.plan = Plan(decodes=(step,))
         self.mask = mask_of(step.instances)
-        self.left = left  # steps until its first row ends
         self.pages = tuple(Counter(row.master for row in step.rows).items())
 
 
@@ -49,10 +48,8 @@ class Again:
             return None
         ready = [kept for kept in self._kept.values() if not kept.mask & ~room]
         for kept in ready:
-            if not kept.left or any(instances[master].free_pages < pages for master, pages in kept.pages):
+            if any(instances[master].free_pages < pages for master, pages in kept.pages):
                 return None
-        for kept in ready:
-            kept.left -= 1
         if len(ready) == 1:
             return ready[0].plan
         return Plan(decodes=tuple([kept.step for kept in ready])) if ready else NOTHING
@@ -69,8 +66,7 @@ class Again:
         for group in groups:
             step = planned.get(group.mask)
             if step is not None and len(step.rows) == len(group.rows):
-                left = min(row.prompt_len + row.max_tokens - row.issued for row in group.rows)
-                self._kept[group.mask] = _Kept(step, left - 1)
+                self._kept[group.mask] = _Kept(step)
             elif step is not None or group.mask not in self._kept:
                 self._kept.pop(group.mask, None)
                 self._missing |= group.mask

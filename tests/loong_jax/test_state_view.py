@@ -62,6 +62,24 @@ def test_a_new_instance_of_a_row_is_a_change(bench: Bench) -> None:
     assert version(bench) > before
 
 
+def test_a_row_at_its_end_is_a_change(bench: Bench) -> None:
+    bench.running(3, 4, max_tokens=3)
+    before = version(bench)
+    bench.decode((0,), (3, 0))
+    assert version(bench) == before
+    bench.decode((0,), (3, 0))
+    assert version(bench) > before, "no token is left to sample"
+
+
+def test_a_row_in_another_group_is_a_change(bench: Bench) -> None:
+    bench.done(bench.decode((0, 1), (1, 0)), 5)
+    before = version(bench)
+    bench.done(bench.decode((0, 1), (1, 0)), 5)
+    assert version(bench) == before
+    bench.decode((0,), (1, 0))
+    assert version(bench) > before
+
+
 def test_a_row_that_waits_for_its_token_is_a_change(bench: Bench) -> None:
     bench.handle(Aborted(1))
     bench.running(3, 4, adjustment=Adjustment(presence_penalty=1.0))

@@ -47,14 +47,6 @@ def test_a_master_short_of_pages_is_planned_anew() -> None:
     assert again.plan(7, [instance(i, free=2) for i in range(4)]) is not None
 
 
-def test_a_row_at_its_end_is_planned_anew() -> None:
-    again, _ = kept(*ROWS)
-    idle = draft(()).view.instances
-    ends = min(row.prompt_len + row.max_tokens - row.issued for row in ROWS)
-    assert all(again.plan(7, idle) for _ in range(ends - 1))
-    assert again.plan(7, idle) is None
-
-
 def test_rows_that_were_left_out_are_looked_at_again() -> None:
     again, _ = kept(*(decoding(i, {0: 1}) for i in range(4)))  # a bucket of two
     assert again.plan(7, draft(()).view.instances) is None
