@@ -51,6 +51,10 @@ class CompletionMerger:
         self._ready: dict[tuple[Program, tuple[int, ...]], set[int]] = {}
         self._gone: set[int] = set()
 
+    def know(self, owners: Sequence[int]) -> None:
+        """Owners as the devices of all processes say, before any process has loaded."""
+        self._owners = tuple(owners)
+
     def issued(self, command: AnyCommand) -> None:
         """Before a command is sent anywhere. A step that a lost process would have to report has failed."""
         if isinstance(command, RunPrefill | RunDecode | Migrate):

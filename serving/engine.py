@@ -65,7 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     @property
     def owners(self) -> tuple[int, ...]:
-        """The process of each instance."""
+        """The process of each instance, where devices have no places (`owners_by_devices`)."""
         share = self.cluster.num_instances // self.num_processes
         return tuple(instance // share for instance in range(self.cluster.num_instances))
 
@@ -252,6 +252,15 @@ def load(
     programs = Programs(builder.build, devices.mesh, store if config.num_processes == 1 else None, post, parts)
     needed, others = wanted_programs(cluster, platform, full=config.full_warm_up)
     return Loaded(Executor(builder, devices, weights, programs, post), programs, needed, others)
+
+
+def owners_by_devices(cluster: ClusterConfig) -> tuple[int, ...]:
+    """The process of each instance, once all have joined. Raises ConfigError where there are too few devices."""
+    import jax
+
+    from loong_jax.esp.groups import Devices
+
+    return Devices(jax.devices(), cluster.num_instances, cluster.tp).owners
 
 
 def devices_in_words(num_devices: int) -> str:

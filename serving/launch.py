@@ -179,6 +179,7 @@ class _Leader:
             reporter.say(f"waiting for {config.engine.num_processes - 1} workers on {config.control_address}")
             post = _from_process(merger, 0)
             _join_processes(config.engine, 0)
+            merger.know(engines.owners_by_devices(config.engine.cluster))
         loaded = engines.load(
             config.directory,
             config.engine,

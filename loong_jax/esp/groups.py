@@ -13,13 +13,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loong_jax.config import ConfigError
+from loong_jax.esp.ring_order import in_ring_order
 from loong_jax.retarget import Device
 
 
 class Devices:
     """The devices of every instance: `by_instance[i]` are its `tp` devices, in tp order.
 
-    Instances take consecutive devices in (process, local index) order: ids are not consecutive across processes.
+    Instances take devices in the order of a ring over the slice (`ring_order.py`), without one in (process, local
+    index) order: ids are not consecutive across processes. `owners[i]`: the process of instance i.
     `mesh(instances)` and `sharding(instances, spec)` are made once; `is_local` and `all_local` tell whether this
     process holds some, or all, devices of a group."""
 
@@ -29,9 +31,9 @@ class Devices:
                 f"num_instances: {num_instances} instances of tp {tp} need {num_instances * tp} devices, "
                 f"there are {len(devices)}"
             )
-        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
         self.tp = tp
-        self.by_instance = [tuple(ordered[i * tp : (i + 1) * tp]) for i in range(num_instances)]
+        self.by_instance = in_ring_order(devices, tp)[:num_instances]
+        self.owners = tuple(members[0].process_index for members in self.by_instance)
         self.process_index = jax.process_index()
         self.mesh = cache(self._mesh)
         self.sharding = cache(self._sharding)

@@ -110,6 +110,17 @@ def test_a_lost_process_takes_its_instances_and_its_steps_along():
     assert events[4:] == [StepFailed(2, (3,), "process 1 was lost")]
 
 
+def test_owners_are_those_that_the_devices_tell():
+    merged, events = merger()
+    merged.know((0, 1, 1, 0))
+    merged.issued(decode(0, 3))
+    merged.take(1, StepDone(0))
+    assert events == []
+    merged.take(0, StepDone(0))
+    merged.lost(1)
+    assert events == [StepDone(0), InstanceLost(1), InstanceLost(2)]
+
+
 @pytest.fixture
 def pool():
     with ThreadPoolExecutor(4) as pool:
