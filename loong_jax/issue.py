@@ -7,8 +7,8 @@ What it is not: a choice of anything. Nothing is corrected here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import msgspec
 
@@ -34,6 +34,10 @@ from loong_jax.types import (
     RunDecode,
     RunPrefill,
 )
+
+
+Kept = list[tuple[int, list[int]]]
+"""Pages by instance, in the order of the units that they are for."""
 
 
 class PlanError(RuntimeError):
@@ -142,46 +146,49 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
     requests = [_check_prefill_row(state, row, set(instances)) for row in planned.rows]
     _require(len({r.id for r in requests}) == len(requests), "prefill: a request twice", planned.rows)
     _require(all(r.score == planned.score for r in requests), "prefill: scored beside unscored", planned.rows)
-    units = [buckets.units(row.runs, page_tokens) for row in planned.rows]
-    num_units = sum(map(len, units))
+    units = [buckets.num_units(row.runs, page_tokens) for row in planned.rows]
+    num_units = sum(units)
     phase = Phase.SCORE if planned.score else Phase.PREFILL
     smallest = buckets.prefill_bucket(num_units, len(instances), ladder.buckets(phase), page_tokens)
     bucket = _ready_bucket(state, instances, phase, smallest)
     _check_keep(state, planned, num_units)
     # All pages are taken before any moved page is released: within one program a page is either read or written.
     moves = _rehome_moves(state, planned.rehome)
-    homes = [share.instance for share in planned.keep for _ in range(share.pages)]
-    pages = [page for share in planned.keep for page in state.ledger.reserve(share.instance, share.pages)]
-    rows, samples, first = [], [], 0
-    for request, row, pieces in zip(requests, planned.rows, units, strict=True):
-        last = first + len(pieces)
-        rows.append(_prefill_row(state, request, row.runs, pieces, homes[first:last], pages[first:last]))
+    kept = [(share.instance, state.ledger.reserve(share.instance, share.pages)) for share in planned.keep]
+    rows, samples = [], []
+    for request, row, own in zip(requests, planned.rows, _cut(kept, units), strict=True):
+        rows.append(_prefill_row(state, request, row.runs, own))
         if rows[-1].emit:
             samples.append((request.id, request.issued))
             request.issued += 1
             request.sampled_on = instances
-        first = last
-    state.ledger.move(moves)
+    for part in moves:
+        state.ledger.move(part)
     scored = tuple((row.request, row.runs) for row in rows) if planned.score else ()
     step = state.open_step(instances, tuple(samples), tuple(r.id for r in requests), is_prefill=True, scored=scored)
-    return RunPrefill(step, instances, bucket, planned.form, tuple(rows), moves, planned.score)
+    return RunPrefill(step, instances, bucket, planned.form, tuple(rows), tuple(chain.from_iterable(moves)), planned.score)
 
 
 def _prefill_row(
     state: CoreState,
     request: RequestState,
     runs: tuple[Run, ...],
-    units: Sequence[Run],
-    homes: Sequence[int],
-    pages: Sequence[int],
+    kept: Kept,
 ) -> PrefillRow:
+    """`kept`: the pages of its units, in order."""
     if request.slot == NO_SLOT:
         _start(state, request)
-    first = 0
-    for home, same in groupby(homes):
-        end = first + len(list(same))
-        state.ledger.commit(request.id, home, pages[first:end], units[first:end])
-        first = end
+    page_tokens = state.cluster.page_tokens
+    homes: list[int] = []
+    pages: list[int] = []
+    for run, parts in zip(runs, _cut(kept, [buckets.num_units((run,), page_tokens) for run in runs]), strict=True):
+        first = run.first
+        for home, own in parts:
+            end = min(run.end, first + len(own) * page_tokens)
+            state.ledger.commit(request.id, home, own, Run(first, end - first))
+            homes += [home] * len(own)
+            pages += own
+            first = end
     emit = runs[-1].end == request.known
     request.last_master = homes[-1]
     request.holes = tuple(_subtract(request.holes, runs))
@@ -193,6 +200,20 @@ def _prefill_row(
     )  # fmt: skip
 
 
+def _cut(kept: Kept, sizes: Iterable[int]) -> Iterator[Kept]:
+    """`kept`, cut into parts of so many pages."""
+    index = skip = 0
+    for size in sizes:
+        part: Kept = []
+        while size:
+            instance, pages = kept[index]
+            some = pages[skip : skip + size]
+            part.append((instance, some))
+            size -= len(some)
+            index, skip = (index + 1, 0) if skip + len(some) == len(pages) else (index, skip + len(some))
+        yield part
+
+
 def _tokens_at(request: RequestState, runs: tuple[Run, ...], offset: int) -> bytes:
     """Ids at the positions of `runs`, shifted by `offset`; 0 beyond the known ones."""
     return b"".join(
@@ -200,26 +221,24 @@ def _tokens_at(request: RequestState, runs: tuple[Run, ...], offset: int) -> byt
     )
 
 
-def _rehome_moves(state: CoreState, rehomes: Iterable[Rehome]) -> tuple[PageMove, ...]:
+def _rehome_moves(state: CoreState, rehomes: Iterable[Rehome]) -> list[tuple[PageMove, ...]]:
     taken: dict[tuple[int, int], int] = {}
-    moves: list[PageMove] = []
+    moves: list[tuple[PageMove, ...]] = []
     for rehome in rehomes:
         source = (rehome.request, rehome.src)
         skip = taken.get(source, 0)
-        moves += _take_moves(state, rehome, skip)
+        moves.append(_take_moves(state, rehome, skip))
         taken[source] = skip + rehome.pages
-    return tuple(moves)
+    return moves
 
 
 def _take_moves(state: CoreState, rehome: Rehome, skip: int) -> tuple[PageMove, ...]:
     """Moves of the lowest pages of the source after the first `skip`, with pages reserved on the destination. The
     ledger has not moved them yet."""
-    entries = state.ledger.table.pages(rehome.request, rehome.src)[skip : skip + rehome.pages]
-    pages = state.ledger.reserve(rehome.dst, len(entries))
-    return tuple(
-        PageMove(rehome.request, rehome.src, entry.page, rehome.dst, page, Run(entry.first, entry.count))
-        for entry, page in zip(entries, pages, strict=True)
-    )
+    request, src, dst = rehome.request, rehome.src, rehome.dst
+    entries = state.ledger.table.some(request, src, skip, rehome.pages)
+    pages = state.ledger.reserve(dst, rehome.pages)
+    return tuple([PageMove(request, src, old, dst, new, run) for (old, run), new in zip(entries, pages, strict=True)])
 
 
 def _subtract(holes: Iterable[Run], runs: tuple[Run, ...]) -> Iterable[Run]:
@@ -336,5 +355,5 @@ def _check_keep(state: CoreState, planned: PlannedPrefill, num_units: int) -> No
 
 
 def _check_rehome(state: CoreState, rehome: Rehome, num_pages: int, taken: int = 0) -> None:
-    held = len(state.ledger.table.pages(rehome.request, rehome.src)) - taken
+    held = state.ledger.table.num_pages(rehome.request, rehome.src) - taken
     _require(rehome.src != rehome.dst and 1 <= num_pages <= held, "rehome: no such pages", rehome, held)

@@ -2,7 +2,7 @@
 
 What it is: per-instance free lists and reference counts over a `RunTable`. Everything is committed when a step is
 *issued*: a device runs its programs in order, so a page freed now may be given to any later step.
-What it is not: a policy, or aware of steps in flight. It stores runs, so its cost grows with pages touched.
+What it is not: a policy, or aware of steps in flight. It stores extents of pages, so its cost grows with what is touched.
 
 Invariants: INV-4 free + owned = capacity per instance. INV-5 each position of a request has one home; only a page
 with one owner is written.
@@ -11,11 +11,10 @@ with one owner is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 from loong_jax.config import ClusterConfig
-from loong_jax.runs import PageRun, RunTable
+from loong_jax.runs import Dropped, PageRun, RunTable
 from loong_jax.types import PageMove, Run
 
 
@@ -34,7 +33,7 @@ class Ledger:
     def __init__(self, cluster: ClusterConfig) -> None:
         self.page_tokens = cluster.page_tokens
         self.num_pages = cluster.pages_per_instance
-        self.table = RunTable()
+        self.table = RunTable(cluster.page_tokens)
         self._table_entries = cluster.table_entries
         # Last in, first out: the choice of a page is a function of the history alone (INV-7).
         self._free = [list(range(self.num_pages - 1, -1, -1)) for _ in range(cluster.num_instances)]
@@ -59,12 +58,14 @@ class Ledger:
         """The (instance, page) that the token at `position` may join: it ends there, has room and one owner.
         `hint`: the instance to look at first."""
         for instance in (hint, *self.tokens(request)):
-            entries = self.table.pages(request, instance)
-            if entries and entries[-1].end == position:
-                entry = entries[-1]
-                if entry.count < self.page_tokens and self._owners[instance][entry.page] == 1:
-                    return instance, entry
-                return None
+            home = self.table.home(request, instance)
+            if home is None or home.extents[-1].end != position:
+                continue
+            last = home.extents[-1]
+            page, first = last.pages[-1], last.first + (len(last.pages) - 1) * self.page_tokens
+            if position - first < self.page_tokens and self._owners[instance][page] == 1:
+                return instance, PageRun(first, page, position - first)
+            return None
         return None
 
     # ---- changes
@@ -81,48 +82,51 @@ class Ledger:
             owners[page] = 1
         return pages
 
-    def commit(self, request: int, instance: int, pages: Sequence[int], runs: Sequence[Run]) -> None:
-        """Each of `runs` of `request`, ascending, has its home in one of `pages`, which were reserved."""
+    def commit(self, request: int, instance: int, pages: Sequence[int], run: Run) -> None:
+        """`run` of `request` has its home in `pages`, as many as it takes, which were reserved."""
+        if len(pages) != -(-run.count // self.page_tokens):
+            raise InvariantError(f"INV-5: {len(pages)} pages for {run}")
         self._check_reserved(instance, pages)
-        self.table.add(request, instance, pages, runs)
-        self._count(request, instance, sum([run.count for run in runs]))
+        self.table.add(request, instance, pages, run)
+        self._count(request, instance, run.count)
         self._entries[instance] += len(pages)
 
-    def _check_reserved(self, instance: int, pages: Iterable[int]) -> None:
+    def _check_reserved(self, instance: int, pages: Sequence[int]) -> None:
         owners = self._owners[instance]
-        for page in pages:
-            if owners[page] != 1:
-                raise InvariantError(f"INV-5: page {page} of instance {instance} is not reserved")
+        if [owners[page] for page in pages].count(1) != len(pages):
+            raise InvariantError(f"INV-5: some of the pages {pages} of instance {instance} are not reserved")
 
     def extend(self, request: int, instance: int, position: int) -> tuple[int, Run]:
         """Home of the next token at `position` on `instance`: the open page if it is there, else a new page."""
-        entries = self.table.pages(request, instance)
-        if entries:
-            last = entries[-1]
+        home = self.table.home(request, instance)
+        if home is not None:
+            last = home.extents[-1]
+            page, first = last.pages[-1], last.first + (len(last.pages) - 1) * self.page_tokens
+            count = position - first
             if (
                 last.end == position
-                and last.count < self.page_tokens
-                and self._owners[instance][last.page] == 1  # INV-5: a shared page is never written
+                and count < self.page_tokens
+                and self._owners[instance][page] == 1  # INV-5: a shared page is never written
             ):
-                entries[-1] = PageRun(last.first, last.page, last.count + 1)
+                last.end = position + 1
                 self._tokens[request][instance] += 1
-                return last.page, Run(last.first, last.count + 1)
+                return page, Run(first, count + 1)
         (page,) = self.reserve(instance, 1)
         run = Run(position, 1)
-        self.commit(request, instance, (page,), (run,))
+        self.commit(request, instance, (page,), run)
         return page, run
 
     def move(self, moves: Sequence[PageMove]) -> None:
-        """Each `dst_page` was reserved; the source pages lose this owner."""
-        for (request, src, dst), several in groupby(moves, lambda move: (move.request, move.src, move.dst)):
-            part = list(several)
-            self._check_reserved(dst, [move.dst_page for move in part])
-            self.table.move(part)
-            num_tokens = sum([move.run.count for move in part])
-            self._count(request, src, -num_tokens)
-            self._count(request, dst, num_tokens)
-            self._entries[dst] += len(part)
-            self._release((src, move.src_page) for move in part)
+        """Pages of one request, ascending, from one instance to one other. Each `dst_page` was reserved; the source
+        pages lose this owner."""
+        request, src, dst = moves[0].request, moves[0].src, moves[0].dst
+        self._check_reserved(dst, [move.dst_page for move in moves])
+        self.table.move(moves)
+        num_tokens = sum([move.run.count for move in moves])
+        self._count(request, src, -num_tokens)
+        self._count(request, dst, num_tokens)
+        self._entries[dst] += len(moves)
+        self._release([(src, [move.src_page for move in moves])])
 
     def free(self, request: int, instances: Iterable[int]) -> None:
         """Drop all KV of `request` on `instances`."""
@@ -151,7 +155,7 @@ class Ledger:
 
     def _recount(self, request: int) -> None:
         self.changes += 1
-        counts = {i: sum(entry.count for entry in self.table.pages(request, i)) for i in self.table.instances(request)}
+        counts = self.table.tokens(request)
         if counts:
             self._tokens[request] = counts
         else:
@@ -174,7 +178,7 @@ class Ledger:
                 if run.end == kv_len and run.count < self.page_tokens:
                     if instance in copy_on and self._free[instance]:
                         (page,) = self.reserve(instance, 1)
-                        self.commit(child, instance, (page,), (run,))
+                        self.commit(child, instance, (page,), run)
                         copied = (instance, entry.page, page, run)
                     continue
                 shared.append((instance, entry.page, run))
@@ -194,18 +198,18 @@ class Ledger:
         if before == 0 or before + tokens == 0:
             self.changes += 1
 
-    def _release(self, pages: Iterable[tuple[int, int]]) -> None:
-        """Each (instance, page) loses an owner."""
-        all_owners, entries, free = self._owners, self._entries, self._free
-        for instance, page in pages:
-            owners = all_owners[instance]
-            left = owners[page] - 1
-            if left < 0:
-                raise InvariantError(f"INV-4: page {page} of instance {instance} is already free")
-            owners[page] = left
-            entries[instance] -= 1
-            if left == 0:
-                free[instance].append(page)
+    def _release(self, dropped: Dropped) -> None:
+        """Each page loses an owner."""
+        for instance, pages in dropped:
+            owners, free = self._owners[instance], self._free[instance]
+            self._entries[instance] -= len(pages)
+            for page in pages:
+                left = owners[page] - 1
+                if left < 0:
+                    raise InvariantError(f"INV-4: page {page} of instance {instance} is already free")
+                owners[page] = left
+                if left == 0:
+                    free.append(page)
 
     # ---- invariants
 

@@ -151,11 +151,11 @@ class RequestState:
 
     @property
     def resident(self) -> tuple[Resident, ...]:
-        held, pages = self._ledger.tokens(self.id), self._ledger.table.pages
+        held, pages = self._ledger.tokens(self.id), self._ledger.table.num_pages
         if len(held) == 1:
             ((instance, tokens),) = held.items()
-            return (Resident(instance, tokens, len(pages(self.id, instance))),)
-        return tuple(Resident(i, held[i], len(pages(self.id, i))) for i in sorted(held))
+            return (Resident(instance, tokens, pages(self.id, instance)),)
+        return tuple([Resident(i, held[i], pages(self.id, i)) for i in sorted(held)])
 
     @property
     def open_page(self) -> tuple[int, int] | None:

@@ -6,7 +6,6 @@ What it is not: a choice of the group, or a migration: what moves here moves whi
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,18 +20,23 @@ class Placement(NamedTuple):
 def even(view: RequestView, num_units: int, instances: Sequence[int], free: dict[int, int]) -> Placement:
     """Level the pages of the request over `instances`, as far as free pages allow (they suffice in sum)."""
     held = {resident.instance: resident.pages for resident in view.resident}
-    heap = [(held.get(i, 0), i) for i in instances if free[i] > 0]
-    heapq.heapify(heap)
-    taken = dict.fromkeys(instances, 0)
-    for _ in range(num_units):
-        pages, instance = heap[0]
-        taken[instance] += 1
-        free[instance] -= 1
-        if free[instance] > 0:
-            heapq.heapreplace(heap, (pages + 1, instance))
+    bottom = {i: held.get(i, 0) for i in instances if free[i] > 0}
+    low, high = min(bottom.values(), default=0), max(bottom.values(), default=0) + num_units
+    while low < high:  # the highest level that the units suffice for
+        level = (low + high + 1) // 2
+        if sum([min(free[i], max(0, level - pages)) for i, pages in bottom.items()]) <= num_units:
+            low = level
         else:
-            heapq.heappop(heap)
-    return Placement(tuple(Share(i, pages) for i, pages in taken.items() if pages))
+            high = level - 1
+    taken = {i: min(free[i], max(0, low - pages)) for i, pages in bottom.items()}
+    left = num_units - sum(taken.values())
+    for instance in sorted(bottom):  # and one more each, as far as they go
+        if left and taken[instance] < free[instance] and bottom[instance] + taken[instance] == low:
+            taken[instance] += 1
+            left -= 1
+    for instance, pages in taken.items():
+        free[instance] -= pages
+    return Placement(tuple([Share(i, pages) for i, pages in taken.items() if pages]))
 
 
 def packed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -87,9 +88,9 @@ def _fork_everything(self: Ledger, parent: int, child: int, kv_len: int, copy_on
 def _release_before_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moved pages are free before the step's own pages are taken."""
 
-    def moves_first(state: CoreState, rehomes: tuple[Rehome, ...]) -> tuple[PageMove, ...]:
+    def moves_first(state: CoreState, rehomes: tuple[Rehome, ...]) -> list[tuple[PageMove, ...]]:
         moves = rehome_moves(state, rehomes)
-        for move in moves:
+        for move in chain.from_iterable(moves):
             state.ledger._free[move.src].append(move.src_page)
         return moves
 

@@ -50,7 +50,7 @@ def decoding(state: CoreState, known: int, request_id: int = 0) -> RequestState:
     for first in range(0, known - 1, 4):
         instance = first // 4 % 2
         (page,) = state.ledger.reserve(instance, 1)
-        state.ledger.commit(request_id, instance, (page,), (Run(first, min(4, known - 1 - first)),))
+        state.ledger.commit(request_id, instance, (page,), Run(first, min(4, known - 1 - first)))
     request.holes = ()
     return request
 

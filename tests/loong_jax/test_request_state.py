@@ -46,7 +46,7 @@ def test_a_policy_sees_where_its_kv_lies():
     assert (r.request, r.resident, r.running, r.open_page) == (7, (), False, None)
     for first, instance in ((0, 3), (4, 1), (8, 3)):
         (page,) = ledger.reserve(instance, 1)
-        ledger.commit(7, instance, (page,), (Run(first, min(4, 9 - first)),))
+        ledger.commit(7, instance, (page,), Run(first, min(4, 9 - first)))
     r.holes = ()
     assert r.resident == (Resident(1, 4, 1), Resident(3, 5, 2))
     assert (r.running, r.open_page) == (True, (3, 3)), "one token in a page of four"

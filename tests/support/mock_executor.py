@@ -20,7 +20,7 @@ import numpy as np
 from loong_jax import buckets
 from loong_jax.config import ClusterConfig
 from loong_jax.row_adjust import AFTER, BEFORE, TOKEN, RowAdjust
-from loong_jax.runs import RunTable
+from loong_jax.runs import Dropped, RunTable
 from loong_jax.types import (
     Adjust,
     Adjustment,
@@ -218,7 +218,7 @@ class MockExecutor:
         self._cluster = cluster
         self._post = post
         self._rng = rng
-        self._table = RunTable()
+        self._table = RunTable(cluster.page_tokens)
         self._owners: dict[tuple[int, int], set[int]] = {}
         n = cluster.num_instances
         self._pages: list[dict[int, list[tuple[int, int] | None]]] = [{} for _ in range(n)]
@@ -238,14 +238,11 @@ class MockExecutor:
         if isinstance(command, RunPrefill | RunDecode | Migrate | CopyPages):
             self._enqueue(command)
         elif isinstance(command, Free):
-            for pair in self._table.drop(command.request, command.instances):
-                self._release(pair, command.request)
+            self._dropped(self._table.drop(command.request, command.instances), command.request)
         elif isinstance(command, Truncate):
-            for pair in self._table.truncate(command.request, command.kv_len):
-                self._release(pair, command.request)
+            self._dropped(self._table.truncate(command.request, command.kv_len), command.request)
         elif isinstance(command, Slide):
-            for pair in self._table.slide(command.request, command.start)[0]:
-                self._release(pair, command.request)
+            self._dropped(self._table.slide(command.request, command.start)[0], command.request)
         elif isinstance(command, Fork):
             self._table.share(command.parent, command.child, command.shared)
             for instance, page, _ in command.shared:
@@ -366,6 +363,11 @@ class MockExecutor:
         require(self._owners[row.master, row.page] == {row.request}, "INV-5: write to a shared page", row)
         self._table.put(row.request, row.master, row.page, row.run)
         return self._entries(row.request, command.instances)
+
+    def _dropped(self, dropped: Dropped, request: int) -> None:
+        for instance, pages in dropped:
+            for page in pages:
+                self._release((instance, page), request)
 
     def _entries(self, request: int, group: tuple[int, ...]) -> tuple[Entry, ...]:
         held = self._table.instances(request)

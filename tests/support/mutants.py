@@ -87,15 +87,15 @@ MUTANTS = (
     # the ledger
     Mutant("leak a page", "ledger:Ledger._release", "if left == 0:", "if left == 0 and page != 3:"),
     Mutant(
-        "free a page twice", "ledger:Ledger._release", "free[instance].append(page)", "free[instance] += [page, page]"
+        "free a page twice", "ledger:Ledger._release", "free.append(page)", "free += [page, page]"
     ),
     Mutant("count moved tokens at home too", "ledger:Ledger.move", "self._count(request, src, -num_tokens)", "pass"),
     Mutant("write behind a gap", "ledger:Ledger.extend", "last.end == position\n", "True\n"),
     Mutant(
-        "overfill a page", "ledger:Ledger.extend", "last.count < self.page_tokens", "last.count <= self.page_tokens"
+        "overfill a page", "ledger:Ledger.extend", "count < self.page_tokens", "count <= self.page_tokens"
     ),
     Mutant("keep KV of what is freed", "ledger:Ledger.free", "self._tokens.pop(request, None)", "pass"),
-    Mutant("put new pages before old ones", "runs:RunTable.add", "entries += [PageRun", "entries[:0] = [PageRun"),
+    Mutant("put new pages before old ones", "runs:RunTable.add", "extents.insert(at, Extent", "extents.insert(0, Extent"),
     # requests
     Mutant(
         "drop a request on loss",
@@ -162,8 +162,8 @@ MUTANTS = (
     Mutant(
         "pages in another order",
         "issue:prefill",
-        "homes[first:last], pages[first:last]",
-        "homes[first:last], pages[first:last][::-1]",
+        "row.runs, own)",
+        "row.runs, [(home, pages[::-1]) for home, pages in own][::-1])",
     ),
     # the policy
     Mutant("skip ageing", "policy.dispatch:Line.top", "while self._alarms and", "while self._alarms and not count and"),
@@ -173,7 +173,7 @@ MUTANTS = (
     Mutant("decode past the end", "policy.elastic:_split", "if request.issued <", "if request.issued <="),
     Mutant("plan for full queues", "policy.draft:Draft.__init__", "instance.queued < MAX", "instance.queued <= MAX"),
     Mutant("a page for two rows", "policy.scale:DecodePlanner._masters", "if free[i] > used[i]", "if free[i] > 0"),
-    Mutant("keep more than fits", "policy.placement:even", "if free[i] > 0]", "]"),
+    Mutant("keep more than fits", "policy.placement:even", "min(free[i], max(0, low - pages))", "max(0, low - pages)"),
     Mutant(
         "feed a master that has no token", "policy.scale:DecodePlanner._masters", "(not device or i in device)", "True"
     ),

@@ -71,7 +71,7 @@ def test_kv_of_the_fullest_instance_counts() -> None:
     bench = Bench()
     for instance, page, first, count in ((0, 0, 0, 8), (1, 0, 8, 8), (1, 1, 16, 8)):
         bench.ledger.reserve(instance, 1)
-        bench.ledger.commit(0, instance, (page,), (Run(first, count),))
+        bench.ledger.commit(0, instance, (page,), Run(first, count))
     bench.submit(0, decode(0, (0, 1)))
     assert bench.ends == {0: 1001}  # 16 tokens: 0.16 us, rounded
     assert bench.executor._kv_tokens(decode(0, (0, 1))) == 16
