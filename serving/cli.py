@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import grpc
 import typer
@@ -21,8 +23,8 @@ import typer
 from loong_jax.config import ConfigError, LimitsConfig
 from loong_jax.default_model import DEFAULT_MODEL
 from loong_jax.model.hf_config import CheckpointError
-from serving import flags, launch
-from serving.client import LoongClient, chat_messages, generate_request
+from serving import access_flags, flags, launch
+from serving.client import ClientIdentity, LoongClient, chat_messages, generate_request
 from serving.console import ConsoleReporter
 from serving.engine import EngineConfig
 from serving.errors import PortTaken
@@ -35,6 +37,8 @@ from serving.server import ServerConfig
 from serving.simulate import simulate as simulate_command
 from serving.tokenizer import TokenizerError
 from serving.worker import ControlError
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="loong",
@@ -84,6 +88,13 @@ def serve(
     cost: flags.CostPath = None,
     refit: flags.Refit = "auto",
     drain_s: flags.DrainS = 30.0,
+    api_keys: access_flags.ApiKeys = None,
+    key_requests_per_s: access_flags.KeyRequestsPerS = 0.0,
+    key_streams: access_flags.KeyStreams = 0,
+    tls_cert: access_flags.TlsCert = None,
+    tls_key: access_flags.TlsKey = None,
+    tls_client_ca: access_flags.TlsClientCa = None,
+    allow_anyone: access_flags.AllowAnyone = False,
     num_processes: flags.NumProcesses = 1,
     coordinator: flags.Coordinator = None,
     control: flags.Control = "127.0.0.1:50052",
@@ -92,21 +103,11 @@ def serve(
 
     Ready when the standard health service says SERVING.
     """
+    options = dict(locals())
     with _told_errors():
         flags.check_folder(model)
-        cluster = flags.cluster_config(
-            platform=flags.one_of("platform", platform, "default", "cpu"),
-            instances=instances,
-            tp=tp,
-            pool_tokens=pool_tokens,
-            page_tokens=page_tokens,
-            ring_tokens=ring_tokens,
-            max_running=max_running,
-            dops=dops,
-            prefill_buckets=prefill_buckets,
-            decode_buckets=decode_buckets,
-            attention=attention,
-        )
+        flags.one_of("platform", platform, "default", "cpu")
+        cluster = _with_options(flags.cluster_config, options)
         engine = EngineConfig(
             cluster=cluster,
             limits=flags.limits_config(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens),
@@ -119,7 +120,8 @@ def serve(
         )
         server = ServerConfig(host=host, port=port, drain_s=drain_s)
         http = flags.http_config(host=host, port=http_port, model=model, name=served_model_name)
-        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control, cost, http)
+        access = _with_options(access_flags.access_config, options)
+        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control, cost, http, access)
         _use_platform(platform, engine)
         with ConsoleReporter() as reporter:
             asyncio.run(launch.serve(config, reporter))
@@ -148,21 +150,11 @@ def profile(
     Give the flags that the engine will be served with. The table shows for each batch what a fit predicts that did not
     see it.
     """
+    options = dict(locals())
     with _told_errors():
         flags.check_folder(model)
-        cluster = flags.cluster_config(
-            platform=flags.one_of("platform", platform, "default", "cpu"),
-            instances=instances,
-            tp=tp,
-            pool_tokens=pool_tokens,
-            page_tokens=page_tokens,
-            ring_tokens=ring_tokens,
-            max_running=max_running,
-            dops=dops,
-            prefill_buckets=prefill_buckets,
-            decode_buckets=decode_buckets,
-            attention=attention,
-        )
+        flags.one_of("platform", platform, "default", "cpu")
+        cluster = _with_options(flags.cluster_config, options)
         engine = EngineConfig(cluster=cluster, limits=LimitsConfig(), dtype=flags.dtype_of(dtype))
         _use_platform(platform, engine)
         with ConsoleReporter() as reporter:
@@ -250,6 +242,11 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this time, in seconds. Absent: never.")] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids, not text.")] = False,
+    api_key: access_flags.ApiKey = None,
+    tls: access_flags.Tls = False,
+    tls_ca: access_flags.TlsCa = None,
+    tls_cert: access_flags.ClientCert = None,
+    tls_key: access_flags.ClientKey = None,
 ) -> None:
     """Send one prompt to a server and print the answer as it comes; a summary goes to standard error."""
     content = _content(prompt, prompt_file, token_ids, chat, system)
@@ -274,7 +271,8 @@ def generate(
             stop_token_ids=stop_token_id or (),
             ignore_eos=ignore_eos,
         )
-        asyncio.run(_print_answer(address, request, timeout_s, ids))
+        identity = ClientIdentity(api_key, tls, tls_ca, tls_cert, tls_key)
+        asyncio.run(_print_answer(address, identity, request, timeout_s, ids))
 
 
 @app.command(help=simulate_command.__doc__)
@@ -300,12 +298,14 @@ def _content(
         return prompt if prompt is not None else _read(prompt_file)
 
 
-async def _print_answer(address: str, request: pb.GenerateRequest, timeout_s: float | None, ids: bool) -> None:
+async def _print_answer(
+    address: str, identity: ClientIdentity, request: pb.GenerateRequest, timeout_s: float | None, ids: bool
+) -> None:
     """Choice by choice: the first as it comes, the others when those before them are whole."""
     start_s = time.monotonic()
     first_s = 0.0
     printer = Printer(request.n or 1, ids=ids, tops=request.sampling.HasField("top_logprobs"))
-    async with LoongClient(address) as client:
+    async with LoongClient(address, identity=identity) as client:
         async for response in client.responses(request, timeout_s):
             if response.WhichOneof("event") == "tokens":
                 first_s = first_s or time.monotonic() - start_s
@@ -358,6 +358,11 @@ _WORLD = (
     TokenizerError,
     grpc.FutureTimeoutError,
 )
+
+
+def _with_options(function: Callable[..., T], options: Mapping[str, Any]) -> T:
+    """Called with those of a command's options that it takes."""
+    return function(**{name: options[name] for name in inspect.signature(function).parameters})
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

@@ -9,11 +9,13 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 import grpc
 import msgspec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loong_jax.config import ConfigError
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.proto.loong.v1 import loong_pb2_grpc
 
@@ -86,18 +88,59 @@ def chat_messages(user: str, system: str | None = None) -> pb.Messages:
     return pb.Messages(messages=[*turns, pb.Message(role="user", content=user)])
 
 
+class ClientIdentity(msgspec.Struct, frozen=True):
+    """Who a client is, and whom it trusts. TLS is talked when `tls`, or a file for it, is given; without `tls_ca` the
+    authorities of this machine are trusted."""
+
+    api_key: str | None = None
+    tls: bool = False
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls-cert: goes with --tls-key")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("api-key: must be printable ASCII")
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of each call."""
+        return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """None: plain text. Raises OSError."""
+        if not (self.tls or self.tls_ca or self.tls_cert):
+            return None
+        ca, key, cert = (
+            None if path is None else path.read_bytes() for path in (self.tls_ca, self.tls_key, self.tls_cert)
+        )
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
 class LoongClient:
     """One connection; an async context manager."""
 
-    def __init__(self, target: str, *, max_message_bytes: int = 64 * 1024 * 1024) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        identity: ClientIdentity = ClientIdentity(),
+        max_message_bytes: int = 64 * 1024 * 1024,
+    ) -> None:
+        """Raises OSError where a file of the identity cannot be read."""
         self.target = target
-        self._channel = grpc.aio.insecure_channel(
-            target,
-            options=(
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-            ),
+        self._metadata = identity.metadata
+        options = (
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
         )
+        credentials = identity.credentials()
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options)
         self.stub = loong_pb2_grpc.LoongStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -111,7 +154,7 @@ class LoongClient:
         self, request: pb.GenerateRequest, timeout_s: float | None = None
     ) -> AsyncIterator[pb.GenerateResponse]:
         """All messages of an answer, `finished` last. Closing the iterator cancels the call."""
-        call = self.stub.Generate(request, timeout=timeout_s)
+        call = self.stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 yield response
@@ -141,13 +184,14 @@ class LoongClient:
         return [answers[choice] for choice in sorted(answers)]
 
     async def abort(self, request_id: str) -> None:
-        await self.stub.Abort(pb.AbortRequest(request_id=request_id))
+        await self.stub.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata)
 
     async def state(self) -> pb.State:
-        return await self.stub.GetState(pb.GetStateRequest())
+        return await self.stub.GetState(pb.GetStateRequest(), metadata=self._metadata)
 
     async def watch_state(self, interval_ms: int | None = None) -> AsyncIterator[pb.State]:
-        async for state in self.stub.WatchState(pb.WatchStateRequest(interval_ms=interval_ms)):
+        request = pb.WatchStateRequest(interval_ms=interval_ms)
+        async for state in self.stub.WatchState(request, metadata=self._metadata):
             yield state
 
     async def is_ready(self, timeout_s: float = 5.0) -> bool:

@@ -25,7 +25,9 @@ Model = Annotated[
 ]
 Instances = Annotated[int, typer.Option(help="Instances; each holds one copy of the weights.")]
 Tp = Annotated[int, typer.Option(help="Devices of an instance (tensor parallelism).")]
-Host = Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")]
+Host = Annotated[
+    str, typer.Option(help="Address to listen on. Beyond loopback it needs --api-keys or --tls-client-ca.")
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0: any free one.")]
 HttpPort = Annotated[
     int,

@@ -20,6 +20,7 @@ from loong_jax.cost.file import read_cost
 from loong_jax.cost.roofline import shape_of
 from loong_jax.types import AnyEvent
 from serving import engine as engines
+from serving.access import Access, AccessConfig, TlsFiles, check_exposure
 from serving.cluster import CompletionMerger, ControlServer, FanOutExecutor
 from serving.engine import Engine, EngineConfig, Loaded, LocalExecutor
 from serving.http.config import HttpConfig
@@ -38,7 +39,7 @@ T = TypeVar("T")
 
 class LaunchConfig(msgspec.Struct, frozen=True):
     """One serving process. `control_address`: where workers join, with several processes. `cost`: a file of loong
-    profile; None: a cost model that claims no numbers. `http` None: gRPC only."""
+    profile; None: a cost model that claims no numbers. `http` None: gRPC only. `access` is for both listeners."""
 
     directory: Path
     engine: EngineConfig
@@ -48,6 +49,7 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     control_address: str = "127.0.0.1:50052"
     cost: Path | None = None
     http: HttpConfig | None = None
+    access: AccessConfig = AccessConfig()
 
 
 class Reporter(Protocol):
@@ -119,6 +121,8 @@ class _Leader:
         self._crash: str | None = None
 
     async def run(self) -> None:
+        check_exposure(self._config.server.host, self._config.access)
+        access, tls = _access(self._config.access)
         model = engines.read_model(self._config.directory, self._config.engine.dtype)
         engine_config = engines.for_model(self._config.engine, model)
         if self._config.cost is not None:
@@ -135,8 +139,10 @@ class _Leader:
             on_crash=lambda message: self._tell(self._lost, message),
         )
         limits = engines.validation_limits(model, config.engine.cluster)
-        self._server = LoongServer(engine.loop, tokenizer, limits, config.server)
-        self._http = None if config.http is None else _http_server(engine, self._server, config.http)
+        self._server = LoongServer(engine.loop, tokenizer, limits, config.server, access=access, tls=tls)
+        self._http = None
+        if config.http is not None:
+            self._http = _http_server(engine, self._server, config.http, access, tls)
         self._catch_signals()
         try:
             await self._serve(engine, model)
@@ -152,7 +158,8 @@ class _Leader:
         port = await self._server.start()
         say(f"listening on {config.server.host}:{port}; loading {config.directory}")
         if self._http is not None and config.http is not None:
-            say(f"HTTP on http://{config.http.host}:{await self._http.start()}")
+            scheme = "http" if config.access.tls_cert is None else "https"
+            say(f"HTTP on {scheme}://{config.http.host}:{await self._http.start()}")
         loading = asyncio.ensure_future(_in_thread(lambda: self._load(engine, model)))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -228,13 +235,23 @@ class _Leader:
             self._asyncio_loop.add_signal_handler(signum, caught, signum)
 
 
-def _http_server(engine: Engine, server: LoongServer, config: HttpConfig) -> HttpServer:
+def _access(config: AccessConfig) -> tuple[Access | None, TlsFiles | None]:
+    """Raises ConfigError."""
+    return (
+        None if config.keys is None else Access(config),
+        None if config.tls_cert is None else TlsFiles(config),
+    )
+
+
+def _http_server(
+    engine: Engine, server: LoongServer, config: HttpConfig, access: Access | None, tls: TlsFiles | None
+) -> HttpServer:
     """Raises ConfigError where the packages of the extra are missing."""
     try:
         from serving.http.server import HttpServer
     except ModuleNotFoundError as error:
         raise ConfigError(f"http-port: needs {error.name}; pip install 'loong-jax[http]'") from None
-    return HttpServer(engine.loop, server.generator, config)
+    return HttpServer(engine.loop, server.generator, config, access=access, tls=tls)
 
 
 def _from_process(merger: CompletionMerger, process: int) -> Callable[[AnyEvent], None]:

@@ -14,8 +14,10 @@ import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serving.access import Access, TlsFiles
 from serving.errors import PortTaken, answering
 from serving.generator import Admitted, Generator
+from serving.grpc_access import KeyInterceptor, server_credentials
 from serving.loop import EngineLoop
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.proto.loong.v1 import loong_pb2_grpc
@@ -23,6 +25,8 @@ from serving.tokenizer import Tokenizer
 from serving.validation import ValidationLimits, check_interval_ms
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Loong"].full_name
+OPERATOR_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("Drain", "StartProfile", "StopProfile"))
+"""They concern everybody: where there are keys, these need an operator's."""
 
 
 class ServerConfig(msgspec.Struct, frozen=True):
@@ -74,20 +78,30 @@ class LoongServer:
     """Listener, health and life cycle around a generator. All methods belong to one asyncio loop."""
 
     def __init__(
-        self, loop: EngineLoop, tokenizer: Tokenizer | None, limits: ValidationLimits, config: ServerConfig
+        self,
+        loop: EngineLoop,
+        tokenizer: Tokenizer | None,
+        limits: ValidationLimits,
+        config: ServerConfig,
+        *,
+        access: Access | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
+        """`access` None: no keys are asked for. `tls` None: plain text."""
         self._loop = loop
         self._config = config
+        self._tls = tls
         self.generator = Generator(loop, tokenizer, limits)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
+            interceptors=() if access is None else (KeyInterceptor(access, OPERATOR_METHODS),),
             options=(
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.keepalive_time_ms", config.keepalive_ms),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
-            )
+            ),
         )
         loong_pb2_grpc.add_LoongServicer_to_server(LoongServicer(loop, self.generator), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -97,9 +111,13 @@ class LoongServer:
     async def start(self) -> int:
         """Listen, not yet ready; returns the port. Raises PortTaken."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = f"{self._config.host}:{self._config.port}"
+        host = self._config.host.strip("[]")
+        address = f"[{host}]:{self._config.port}" if ":" in host else f"{host}:{self._config.port}"
         try:
-            port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, server_credentials(self._tls))
         except RuntimeError as error:
             raise PortTaken(f"cannot listen on {address}: {error}") from error
         await self._server.start()

@@ -12,11 +12,14 @@ import msgspec
 from serving.errors import (
     DuplicateRequest,
     EngineFailed,
+    Forbidden,
     InvalidField,
     NotServing,
     QueueFull,
     Refusal,
     TooLong,
+    TooManyCalls,
+    Unauthenticated,
     UnknownRequest,
 )
 
@@ -79,9 +82,12 @@ class _Kind(NamedTuple):
 _KINDS: dict[type[Refusal], _Kind] = {
     InvalidField: _Kind(400, "invalid_request_error", "invalid_value"),
     TooLong: _Kind(400, "invalid_request_error", "context_length_exceeded"),
+    Unauthenticated: _Kind(401, "authentication_error", "invalid_api_key"),
+    Forbidden: _Kind(403, "permission_error", "not_allowed"),
     UnknownRequest: _Kind(404, "invalid_request_error", "not_found"),
     DuplicateRequest: _Kind(409, "invalid_request_error", "duplicate_request_id"),
     QueueFull: _Kind(429, "rate_limit_error", "queue_full"),
+    TooManyCalls: _Kind(429, "rate_limit_error", "key_limit"),
     NotServing: _Kind(503, "service_unavailable_error", "not_serving"),
     EngineFailed: _Kind(500, "server_error", "engine_failed"),
 }
@@ -110,7 +116,10 @@ def encoded(refusal: Refusal) -> bytes:
 
 
 def headers(refusal: Refusal) -> list[tuple[bytes, bytes]]:
-    """`Retry-After`, where trying again may help; `retry-after-ms` is what OpenAI's clients look at first."""
+    """`Retry-After`, where trying again may help; `retry-after-ms` is what OpenAI's clients look at first. 401 says
+    what would do."""
+    if isinstance(refusal, Unauthenticated):
+        return [(b"www-authenticate", b"Bearer")]
     if refusal.retry_ms is None:
         return []
     seconds = -(-refusal.retry_ms // 1000)

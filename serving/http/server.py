@@ -12,8 +12,10 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from serving.access import Access, TlsFiles
 from serving.errors import PortTaken
 from serving.generator import Generator
+from serving.http.access import KeyMiddleware
 from serving.http.app import Api
 from serving.http.config import HttpConfig
 from serving.http.metrics import Metrics
@@ -36,15 +38,26 @@ class HttpServer:
     """All methods belong to one asyncio loop. Whether requests are taken is the generator's to say. From now on the
     requests of every listener are counted, for /metrics."""
 
-    def __init__(self, loop: EngineLoop, generator: Generator, config: HttpConfig) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        generator: Generator,
+        config: HttpConfig,
+        *,
+        access: Access | None = None,
+        tls: TlsFiles | None = None,
+    ) -> None:
+        """`access` None: no keys are asked for. `tls` None: plain text."""
         self._config = config
         limits = generator.limits
         requests = RequestMetrics(limits.max_context_tokens)
         generator.observer = requests
         metrics = Metrics(loop.ask_state, requests, model_name=config.model_name, pool_tokens=limits.pool_tokens)
+        app = Api(generator, config, metrics.scrape).app()
         self._server = _Server(
             uvicorn.Config(
-                Api(generator, config, metrics.scrape).app(),
+                app if access is None else KeyMiddleware(app, access),
+                ssl_context_factory=None if tls is None else lambda config, default: tls.context(),
                 http="h11",  # bounds the headers
                 ws="none",
                 lifespan="off",
@@ -61,7 +74,7 @@ class HttpServer:
 
     async def start(self) -> int:
         """Listen; returns the port. Raises PortTaken."""
-        host, port = self._config.host, self._config.port
+        host, port = self._config.host.strip("[]"), self._config.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)

@@ -39,9 +39,15 @@ class LiveHttp:
 async def live_http(config: HttpConfig | None = None, **options: Any) -> AsyncIterator[LiveHttp]:
     """`options` are those of live_server."""
     async with live_server(**options) as live:
-        server = HttpServer(live.loop, live.server.generator, config or HttpConfig(port=0, model_name="echo"))
+        server = HttpServer(
+            live.loop,
+            live.server.generator,
+            config or HttpConfig(port=0, model_name="echo"),
+            access=live.access,
+            tls=live.tls,
+        )
         port = await server.start()
-        url = f"http://127.0.0.1:{port}"
+        url = f"{'http' if live.tls is None else 'https'}://127.0.0.1:{port}"
         try:
             async with httpx.AsyncClient(base_url=url, timeout=20) as http:
                 yield LiveHttp(live, server, http, url)

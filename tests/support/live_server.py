@@ -5,7 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from serving.client import LoongClient
+from serving.access import Access, AccessConfig, TlsFiles
+from serving.client import ClientIdentity, LoongClient
 from serving.loop import EngineLoop
 from serving.sampling_params import SamplingLimits
 from serving.server import LoongServer, ServerConfig
@@ -20,7 +21,14 @@ class Live:
     """The parts of a running server."""
 
     def __init__(
-        self, manager: FakeManager, tokenizer: Tokenizer | None, *, step_s: float, ready: bool, drain_s: float
+        self,
+        manager: FakeManager,
+        tokenizer: Tokenizer | None,
+        *,
+        step_s: float,
+        ready: bool,
+        drain_s: float,
+        access: AccessConfig,
     ):
         asyncio_loop = asyncio.get_running_loop()
         self.manager = manager
@@ -42,7 +50,16 @@ class Live:
             on_crash=lambda message: tell(self.server.engine_lost, message),
         )
         self.executor = FakeExecutor(self.loop.post, step_s=step_s, ready=ready)
-        self.server = LoongServer(self.loop, tokenizer, self.limits, ServerConfig(port=0, drain_s=drain_s))
+        self.access = None if access.keys is None else Access(access)
+        self.tls = None if access.tls_cert is None else TlsFiles(access)
+        self.server = LoongServer(
+            self.loop,
+            tokenizer,
+            self.limits,
+            ServerConfig(port=0, drain_s=drain_s),
+            access=self.access,
+            tls=self.tls,
+        )
         self.client: LoongClient
 
 
@@ -55,12 +72,14 @@ async def live_server(
     step_s: float = 0.0,
     ready: bool = True,
     drain_s: float = 5.0,
+    access: AccessConfig = AccessConfig(),
+    identity: ClientIdentity = ClientIdentity(),
 ) -> AsyncIterator[Live]:
     tokenizer = (tokenizer or byte_tokenizer()) if has_tokenizer else None
-    live = Live(manager or FakeManager(), tokenizer, step_s=step_s, ready=ready, drain_s=drain_s)
+    live = Live(manager or FakeManager(), tokenizer, step_s=step_s, ready=ready, drain_s=drain_s, access=access)
     port = await live.server.start()
     live.loop.start(live.executor, NEEDED, asyncio.get_running_loop())
-    async with LoongClient(f"127.0.0.1:{port}") as live.client:
+    async with LoongClient(f"127.0.0.1:{port}", identity=identity) as live.client:
         try:
             if ready:
                 await live.client.wait_ready(10)
