@@ -88,6 +88,8 @@ def serve(
     cost: flags.CostPath = None,
     refit: flags.Refit = "auto",
     drain_s: flags.DrainS = 30.0,
+    stall_s: flags.StallS = 60.0,
+    profile_dir: flags.ProfileDir = None,
     api_keys: access_flags.ApiKeys = None,
     key_requests_per_s: access_flags.KeyRequestsPerS = 0.0,
     key_streams: access_flags.KeyStreams = 0,
@@ -118,10 +120,13 @@ def serve(
             coordinator=coordinator,
             refit=flags.refits(refit, platform),
         )
-        server = ServerConfig(host=host, port=port, drain_s=drain_s)
-        http = flags.http_config(host=host, port=http_port, model=model, name=served_model_name)
+        name = flags.served_name(model, served_model_name)
+        server = ServerConfig(host=host, port=port, drain_s=drain_s, stall_s=stall_s)
+        http = flags.http_config(host=host, port=http_port, model=model, name=name)
         access = _with_options(access_flags.access_config, options)
-        config = LaunchConfig(model, engine, server, _cache_folder(cache_dir), event_log, control, cost, http, access)
+        config = LaunchConfig(
+            model, engine, server, _cache_folder(cache_dir), event_log, control, cost, http, access, name, profile_dir
+        )
         _use_platform(platform, engine)
         with ConsoleReporter() as reporter:
             asyncio.run(launch.serve(config, reporter))

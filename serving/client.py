@@ -189,10 +189,36 @@ class LoongClient:
     async def state(self) -> pb.State:
         return await self.stub.GetState(pb.GetStateRequest(), metadata=self._metadata)
 
-    async def watch_state(self, interval_ms: int | None = None) -> AsyncIterator[pb.State]:
-        request = pb.WatchStateRequest(interval_ms=interval_ms)
-        async for state in self.stub.WatchState(request, metadata=self._metadata):
+    async def watch_groups(self, interval_ms: int | None = None) -> AsyncIterator[pb.State]:
+        request = pb.WatchGroupsRequest(interval_ms=interval_ms)
+        async for state in self.stub.WatchGroups(request, metadata=self._metadata):
             yield state
+
+    async def loads(self) -> pb.Loads:
+        return await self.stub.GetLoads(pb.GetLoadsRequest(), metadata=self._metadata)
+
+    async def models(self) -> list[pb.Model]:
+        return list((await self.stub.ListModels(pb.ListModelsRequest(), metadata=self._metadata)).models)
+
+    async def tokenize(self, prompt: str | pb.Messages, *, add_special_tokens: bool | None = None) -> list[int]:
+        request = pb.TokenizeRequest(
+            text=prompt if isinstance(prompt, str) else None,
+            messages=prompt if isinstance(prompt, pb.Messages) else None,
+            add_special_tokens=add_special_tokens,
+        )
+        return list((await self.stub.Tokenize(request, metadata=self._metadata)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return (await self.stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata)).text
+
+    async def generate_unary(
+        self, request: pb.GenerateRequest, timeout_s: float | None = None
+    ) -> pb.GenerateUnaryResponse:
+        return await self.stub.GenerateUnary(request, timeout=timeout_s, metadata=self._metadata)
+
+    async def drain(self, timeout_s: float | None = None) -> None:
+        """Return when no request is open any more. For operators."""
+        await self.stub.Drain(pb.DrainRequest(), timeout=timeout_s, metadata=self._metadata)
 
     async def is_ready(self, timeout_s: float = 5.0) -> bool:
         """Whether the health service says SERVING; False also when nobody listens."""

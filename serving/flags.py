@@ -34,7 +34,7 @@ HttpPort = Annotated[
     typer.Option(min=0, max=65535, help="Port of the OpenAI-compatible HTTP listener, on the same address; 0: none."),
 ]
 ServedModelName = Annotated[
-    str | None, typer.Option(help="The model's name over HTTP. Default: the folder's.", show_default=False)
+    str | None, typer.Option(help="The model's name for clients. Default: the folder's.", show_default=False)
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.")]
 PoolTokens = Annotated[int, typer.Option(min=1, help="KV of all instances together, in tokens.")]
@@ -85,6 +85,12 @@ Refit = Annotated[
     ),
 ]
 DrainS = Annotated[float, typer.Option(min=0, help="Time for open streams after the first signal, in seconds.")]
+StallS = Annotated[
+    float, typer.Option(min=1, help="An engine that does none of its work for so long stops serving, in seconds.")
+]
+ProfileDir = Annotated[
+    Path | None, typer.Option(help="Folder for profiles that StartProfile asks for. Default: none are made.")
+]
 NumProcesses = Annotated[int, typer.Option(min=1, help="Processes of this engine; all but this one are workers.")]
 Coordinator = Annotated[
     str | None, typer.Option(help="HOST:PORT of this host for jax.distributed, with several processes. Default: none.")
@@ -175,10 +181,16 @@ def cluster_config(
 
 def http_config(*, host: str, port: int, model: Path, name: str | None) -> HttpConfig | None:
     """None without a port. Raises ConfigError."""
+    name = served_name(model, name)
+    return HttpConfig(host=host, port=port, model_name=name, model_root=str(model)) if port else None
+
+
+def served_name(model: Path, name: str | None) -> str:
+    """What clients call the model. Raises ConfigError."""
     name = model.resolve().name if name is None else name
     if not (1 <= len(name) <= 200 and name.isprintable()):
         raise ConfigError(f"served-model-name: {name[:200]!r} has not 1 to 200 printable characters")
-    return HttpConfig(host=host, port=port, model_name=name, model_root=str(model)) if port else None
+    return name
 
 
 def limits_config(*, max_waiting: int, max_running: int, chunk_tokens: int) -> LimitsConfig:

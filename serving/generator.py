@@ -16,13 +16,22 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from serving.errors import DuplicateRequest, InvalidField, NotServing, Refusal, UnknownRequest
+from serving.deadlines import Deadlines
+from serving.errors import DuplicateRequest, InvalidField, NotServing, Refusal, TooLong, UnknownRequest
 from serving.loop import EngineLoop
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.sampling_params import MAX_SEED
 from serving.stream import RequestStream, StreamObserver, StreamStart
 from serving.tokenizer import Tokenizer
-from serving.validation import Ask, ValidationLimits, check_field, check_prompt, check_request, check_tokens
+from serving.validation import (
+    Ask,
+    ValidationLimits,
+    check_field,
+    check_prompt,
+    check_request,
+    check_tokens,
+    least_new_tokens,
+)
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -48,7 +57,15 @@ class Observer(Protocol):
 class Generator:
     """Generation over an EngineLoop. All methods belong to one asyncio loop."""
 
-    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer | None, limits: ValidationLimits) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        tokenizer: Tokenizer | None,
+        limits: ValidationLimits,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        """`deadlines` None: nothing is known about how long answers take."""
+        self._deadlines = deadlines
         self.tokenizer = tokenizer
         self.limits = limits
         self.observer: Observer | None = None
@@ -67,9 +84,12 @@ class Generator:
         request: pb.GenerateRequest,
         admitted: Callable[[Admitted], Awaitable[None]],
         write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
+        *,
+        left_s: float | None = None,
     ) -> None:
         """Return when the last message has been written; cancelling it aborts the request. `write` gets what came
-        since it was last called, and is never called twice at a time. Raises Refusal, and what the two raise."""
+        since it was last called, and is never called twice at a time. `left_s`: until the caller's deadline. Raises
+        Refusal, and what the two raise."""
         # A coroutine that writes, not a generator: when cancelled it always unwinds here, at once, and never waits in a
         # suspended generator for the garbage collector.
         arrived_us = self._loop.now_us()
@@ -86,7 +106,7 @@ class Generator:
                 raise DuplicateRequest(f"request_id: {request_id!r} is running")
             self._running[request_id] = range(0)
             try:
-                await self._generate(request, ask, request_id, arrived_us, admitted, write)
+                await self._generate(request, ask, request_id, arrived_us, admitted, write, left_s)
             finally:
                 del self._running[request_id]
         except Refusal as refusal:
@@ -125,11 +145,14 @@ class Generator:
             return await self._in_encoder(self.tokenizer.encode_chat, request.text)
         return await self._encode(request)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Their text, without special tokens. Raises InvalidField."""
+    async def detokenize(self, token_ids: Sequence[int], field: str) -> str:
+        """Their text, without special tokens; `field` is the caller's name for them. Raises InvalidField."""
         if self.tokenizer is None:
-            raise InvalidField("tokens", "this model has no tokenizer.json")
-        check_tokens(token_ids, "tokens", self.limits)
+            raise InvalidField(field, "this model has no tokenizer.json")
+        most = self.limits.max_context_tokens
+        if len(token_ids) > most:
+            raise TooLong(field, f"{len(token_ids)} tokens are more than the context of {most}")
+        check_tokens(token_ids, field, self.limits)
         return await self._in_encoder(self.tokenizer.decode, token_ids)
 
     async def _encode(self, request: pb.GenerateRequest) -> list[int]:
@@ -162,9 +185,13 @@ class Generator:
         arrived_us: int,
         admitted: Callable[[Admitted], Awaitable[None]],
         write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
+        left_s: float | None,
     ) -> None:
         token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self._encode(request)
         prompt, max_tokens = check_prompt(token_ids, request, ask, self.limits)
+        if left_s is not None and self._deadlines is not None:
+            left_s -= (self._loop.now_us() - arrived_us) / 1e6
+            self._deadlines.check(left_s, len(token_ids), least_new_tokens(ask, max_tokens))
         streams = self._streams(request, ask, request_id, token_ids, arrived_us)
         first, *others = streams
         number = self._loop.arrive(
@@ -204,6 +231,7 @@ class Generator:
                     ask.stop_ids,
                     choice,
                     ask.min_tokens,
+                    arrived_us,
                 ),
                 self.tokenizer.detokenizer(token_ids) if self.tokenizer is not None else None,
                 ask.stop,

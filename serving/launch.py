@@ -20,8 +20,11 @@ from loong_jax.cost.file import read_cost
 from loong_jax.cost.roofline import shape_of
 from loong_jax.types import AnyEvent
 from serving import engine as engines
+from serving.about import Served
 from serving.access import Access, AccessConfig, TlsFiles, check_exposure
 from serving.cluster import CompletionMerger, ControlServer, FanOutExecutor
+from serving.deadlines import Deadlines
+from serving.device_trace import DeviceTrace
 from serving.engine import Engine, EngineConfig, Loaded, LocalExecutor
 from serving.http.config import HttpConfig
 from serving.loop import ExecutorLike
@@ -39,7 +42,8 @@ T = TypeVar("T")
 
 class LaunchConfig(msgspec.Struct, frozen=True):
     """One serving process. `control_address`: where workers join, with several processes. `cost`: a file of loong
-    profile; None: a cost model that claims no numbers. `http` None: gRPC only. `access` is for both listeners."""
+    profile; None: a cost model that claims no numbers. `http` None: gRPC only. `access` is for both listeners.
+    `profile_dir`: for profiles that operators ask for; None: there are none."""
 
     directory: Path
     engine: EngineConfig
@@ -50,6 +54,8 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     cost: Path | None = None
     http: HttpConfig | None = None
     access: AccessConfig = AccessConfig()
+    model_name: str = "loong"
+    profile_dir: Path | None = None
 
 
 class Reporter(Protocol):
@@ -139,7 +145,17 @@ class _Leader:
             on_crash=lambda message: self._tell(self._lost, message),
         )
         limits = engines.validation_limits(model, config.engine.cluster)
-        self._server = LoongServer(engine.loop, tokenizer, limits, config.server, access=access, tls=tls)
+        self._server = LoongServer(
+            engine.loop,
+            tokenizer,
+            limits,
+            config.server,
+            served=_served(config),
+            deadlines=_deadlines(config.engine),
+            trace=DeviceTrace(config.profile_dir),
+            access=access,
+            tls=tls,
+        )
         self._http = None
         if config.http is not None:
             self._http = _http_server(engine, self._server, config.http, access, tls)
@@ -233,6 +249,21 @@ class _Leader:
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._asyncio_loop.add_signal_handler(signum, caught, signum)
+
+
+def _served(config: LaunchConfig) -> Served:
+    limits = config.engine.limits
+    return Served(
+        config.model_name,
+        max_running=limits.max_running,
+        max_waiting=limits.max_waiting,
+        page_tokens=config.engine.cluster.page_tokens,
+    )
+
+
+def _deadlines(config: EngineConfig) -> Deadlines | None:
+    """None where nobody measured how long steps take."""
+    return Deadlines(engines.cost_of(config), config.cluster.ladder.dops) if config.cost else None
 
 
 def _access(config: AccessConfig) -> tuple[Access | None, TlsFiles | None]:

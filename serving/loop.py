@@ -88,6 +88,16 @@ class Sink(Protocol):
     def put(self, item: SinkItem, now_us: int) -> None: ...
 
 
+class Progress(NamedTuple):
+    """What the engine has done so far. `busy`: something lies before the engine thread; `in_flight`: steps that the
+    devices have not answered."""
+
+    handled: int
+    busy: bool
+    steps_over: int
+    in_flight: int
+
+
 class _Arrival(NamedTuple):
     """A request and the other choices of it: handled one after the other, with no event between them."""
 
@@ -160,6 +170,8 @@ class EngineLoop:
         self._next_request = 0
         self._crash: str | None = None
         self._ready_told = False
+        self._handled = 0
+        self._handling = False
         self._start_ns = time.monotonic_ns()
         self._thread = threading.Thread(target=self._run, name="loong-engine", daemon=True)
 
@@ -234,6 +246,16 @@ class EngineLoop:
         self._inbox.put(_Question(answer))
         return answer
 
+    def progress(self) -> Progress:
+        """Read without a lock: each number is right, together they may be of two moments."""
+        runs = self._thread.is_alive()
+        return Progress(
+            self._handled,
+            runs and (self._handling or not self._inbox.empty()),
+            self._state.steps_over,
+            self._state.steps_in_flight if runs else 0,
+        )
+
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop the thread, after the events posted so far. Requests still running end as crashed."""
         if self._thread.ident is not None:
@@ -266,22 +288,26 @@ class EngineLoop:
 
     def _serve(self) -> None:
         while (item := self._next_item()) is not _CLOSE:
-            now_us = self.now_us()
-            if type(item) is _Question:
-                self._answer(item.answer, now_us)
-                continue
-            if type(item) is _Arrival:
-                self._sinks.update(zip(item.numbers, item.sinks, strict=True))
-                for event in item.events:
-                    self._take(event, now_us)
-            else:
-                self._take(item, now_us)
-                update = self._state.cost_update(now_us)
-                if update is not None:
-                    self._take(update, now_us)
-            if not self._ready_told and self._state.ready:
-                self._ready_told = True
-                self._on_ready()
+            self._handling = True
+            self._serve_item(item, self.now_us())
+            self._handled += 1
+            self._handling = False
+
+    def _serve_item(self, item: Any, now_us: int) -> None:
+        if type(item) is _Question:
+            return self._answer(item.answer, now_us)
+        if type(item) is _Arrival:
+            self._sinks.update(zip(item.numbers, item.sinks, strict=True))
+            for event in item.events:
+                self._take(event, now_us)
+        else:
+            self._take(item, now_us)
+            update = self._state.cost_update(now_us)
+            if update is not None:
+                self._take(update, now_us)
+        if not self._ready_told and self._state.ready:
+            self._ready_told = True
+            self._on_ready()
 
     def _take(self, event: AnyEvent, now_us: int) -> None:
         self._state.saw_event(event, now_us)

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 
 import grpc
 import msgspec
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serving.about import Served, loads, models
 from serving.access import Access, TlsFiles
-from serving.errors import PortTaken, answering
+from serving.deadlines import Deadlines
+from serving.device_trace import DeviceTrace
+from serving.errors import NotPossible, PortTaken, answering
+from serving.gather import Gathered
 from serving.generator import Admitted, Generator
 from serving.grpc_access import KeyInterceptor, server_credentials
+from serving.health import Readiness, Reason, Watchdog
 from serving.loop import EngineLoop
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.proto.loong.v1 import loong_pb2_grpc
 from serving.tokenizer import Tokenizer
-from serving.validation import ValidationLimits, check_interval_ms
+from serving.validation import ValidationLimits, check_duration_ms, check_interval_ms, tokenize_request
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Loong"].full_name
 OPERATOR_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("Drain", "StartProfile", "StopProfile"))
@@ -37,25 +43,67 @@ class ServerConfig(msgspec.Struct, frozen=True):
     max_message_bytes: int = 64 * 1024 * 1024
     keepalive_ms: int = 30_000
     drain_s: float = 30.0  # streams still open this long after a drain began are cut off
+    stall_s: float = 60.0  # an engine that has work and does none of it for so long is no longer serving
 
 
 class LoongServicer(loong_pb2_grpc.LoongServicer):
     """Methods of loong.v1.Loong over an EngineLoop."""
 
-    def __init__(self, loop: EngineLoop, generator: Generator) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        generator: Generator,
+        served: Served,
+        trace: DeviceTrace,
+        drain: Callable[[], Awaitable[None]],
+        max_message_bytes: int,
+    ) -> None:
+        """`drain` returns when no request is open any more."""
         self._loop = loop
         self._generator = generator
+        self._served = served
+        self._trace = trace
+        self._drain = drain
+        self._max_message_bytes = max_message_bytes
 
     @answering
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        async def admitted(admitted: Admitted) -> None:
-            await context.send_initial_metadata((("request-id", admitted.request_id),))
+        gathered = Gathered()
 
         async def write(messages: list[pb.GenerateResponse]) -> None:
             for message in messages:
                 await context.write(message)
+            gathered.ends(messages[-1])
 
-        await self._generator.generate(request, admitted, write)
+        await self._generate(request, context, write)
+        context.set_trailing_metadata(gathered.trailing())
+
+    @answering
+    async def GenerateUnary(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateUnaryResponse:
+        gathered = Gathered()
+
+        async def write(messages: list[pb.GenerateResponse]) -> None:
+            gathered.keep(messages)
+
+        await self._generate(request, context, write)
+        answer = gathered.whole()
+        if answer.ByteSize() > self._max_message_bytes:
+            raise NotPossible(f"the answer has more than {self._max_message_bytes} bytes; Generate sends it in pieces")
+        context.set_trailing_metadata(gathered.trailing())
+        return answer
+
+    async def _generate(
+        self,
+        request: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
+    ) -> None:
+        async def admitted(admitted: Admitted) -> None:
+            await context.send_initial_metadata((("request-id", admitted.request_id),))
+
+        await self._generator.generate(request, admitted, write, left_s=context.time_remaining())
 
     @answering
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
@@ -63,15 +111,55 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         return pb.AbortResponse()
 
     @answering
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        adds = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        token_ids = await self._generator.tokenize(tokenize_request(request), add_special_tokens=adds)
+        return pb.TokenizeResponse(token_ids=token_ids)
+
+    @answering
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=await self._generator.detokenize(request.token_ids, "token_ids"))
+
+    @answering
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        return models(self._served, self._generator)
+
+    @answering
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.Loads:
+        state = await asyncio.wrap_future(self._loop.ask_state())
+        return loads(self._served, state, self._generator.refusing)
+
+    @answering
     async def GetState(self, request: pb.GetStateRequest, context: grpc.aio.ServicerContext) -> pb.State:
         return await asyncio.wrap_future(self._loop.ask_state())
 
     @answering
-    async def WatchState(self, request: pb.WatchStateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def WatchGroups(self, request: pb.WatchGroupsRequest, context: grpc.aio.ServicerContext) -> None:
         interval_s = check_interval_ms(request) / 1000
         while True:
             await context.write(await asyncio.wrap_future(self._loop.ask_state()))
             await asyncio.sleep(interval_s)
+
+    @answering
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
+        await self._drain()
+        return pb.DrainResponse()
+
+    @answering
+    async def StartProfile(
+        self, request: pb.StartProfileRequest, context: grpc.aio.ServicerContext
+    ) -> pb.StartProfileResponse:
+        return pb.StartProfileResponse(name=await self._trace.start(check_duration_ms(request) / 1000))
+
+    @answering
+    async def StopProfile(
+        self, request: pb.StopProfileRequest, context: grpc.aio.ServicerContext
+    ) -> pb.StopProfileResponse:
+        return pb.StopProfileResponse(name=await self._trace.stop())
 
 
 class LoongServer:
@@ -84,6 +172,9 @@ class LoongServer:
         limits: ValidationLimits,
         config: ServerConfig,
         *,
+        served: Served = Served(),
+        deadlines: Deadlines | None = None,
+        trace: DeviceTrace | None = None,
         access: Access | None = None,
         tls: TlsFiles | None = None,
     ) -> None:
@@ -91,8 +182,17 @@ class LoongServer:
         self._loop = loop
         self._config = config
         self._tls = tls
-        self.generator = Generator(loop, tokenizer, limits)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._drains = False
+        self._trace = trace or DeviceTrace(None)
+        self.generator = Generator(loop, tokenizer, limits, deadlines)
+        self._readiness = Readiness((SERVICE,), self._refuse)
+        self._watchdog = Watchdog(
+            loop.progress,
+            lambda message: self._readiness.holds(Reason.STALLED, message),
+            lambda: self._readiness.is_over(Reason.STALLED),
+            stall_s=config.stall_s,
+        )
+        self._watching: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(
             interceptors=() if access is None else (KeyInterceptor(access, OPERATOR_METHODS),),
             options=(
@@ -103,14 +203,17 @@ class LoongServer:
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
             ),
         )
-        loong_pb2_grpc.add_LoongServicer_to_server(LoongServicer(loop, self.generator), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        servicer = LoongServicer(
+            loop, self.generator, served, self._trace, self._drain_requests, config.max_message_bytes
+        )
+        loong_pb2_grpc.add_LoongServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._readiness.servicer, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> int:
         """Listen, not yet ready; returns the port. Raises PortTaken."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._readiness.announce()
         host = self._config.host.strip("[]")
         address = f"[{host}]:{self._config.port}" if ":" in host else f"{host}:{self._config.port}"
         try:
@@ -121,32 +224,38 @@ class LoongServer:
         except RuntimeError as error:
             raise PortTaken(f"cannot listen on {address}: {error}") from error
         await self._server.start()
+        self._watching = asyncio.create_task(self._watchdog.run())
         return port
 
     async def ready(self) -> None:
         """The minimal ladder is there: take requests."""
-        self.generator.refusing = None
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._readiness.is_over(Reason.WARMING)
 
     async def engine_lost(self, message: str) -> None:
         """The engine thread ended: health says so, streams have been told by their sinks."""
-        self.generator.refusing = message
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._readiness.holds(Reason.LOST, message)
 
     async def drain(self) -> None:
         """Refuse new requests, let the running ones finish (for at most `drain_s`), then stop listening."""
-        self.generator.refusing = "the server is draining"
-        await self._health.enter_graceful_shutdown()
-        self._loop.drain()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.generator.idle(), self._config.drain_s)
+            await asyncio.wait_for(self._drain_requests(), self._config.drain_s)
         await self.stop()
 
     async def stop(self) -> None:
         """End at once."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self._server.stop(None)
+        await self._trace.close()
         self.generator.close()
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
+    async def _drain_requests(self) -> None:
+        """Refuse new requests from now on; return when the running ones have finished."""
+        if not self._drains:
+            self._drains = True
+            await self._readiness.holds(Reason.DRAINING, "the server is draining")
+            self._loop.drain()
+        await self.generator.idle()
+
+    def _refuse(self, message: str | None) -> None:
+        self.generator.refusing = message

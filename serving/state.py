@@ -87,6 +87,8 @@ class EngineState:
         self._waiting: set[int] = set()
         self._group_of: dict[int, tuple[int, ...]] = {}  # running request -> instances of its newest step
         self._steps: dict[int, tuple[_GroupKey, int]] = {}  # step in flight -> group, tokens
+        self.steps_over = 0
+        """Steps that ended, also by a failure."""
         self._groups: dict[_GroupKey, _Group] = {}  # all there ever were: as many as there are sets of instances
         self._owner: dict[int, _GroupKey] = {}  # instance -> group of its newest step
         self._counters = pb.Counters()
@@ -99,6 +101,10 @@ class EngineState:
     @property
     def ready(self) -> bool:
         return self._missing is not None and not self._missing
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._steps)
 
     # ------------------------------------------------------------------------------------------------- the tape
 
@@ -208,6 +214,7 @@ class EngineState:
         known = self._steps.pop(step, None)
         if known is None:
             return
+        self.steps_over += 1
         key, num_tokens = known
         self._groups[key].step_done(num_tokens, now_us)
 

@@ -37,6 +37,7 @@ class StreamStart(msgspec.Struct, frozen=True):
     stop_ids: tuple[int, ...]
     choice: int = 0
     min_tokens: int = 0
+    arrived_us: int = 0
 
 
 class StreamObserver(Protocol):
@@ -50,16 +51,30 @@ class StreamObserver(Protocol):
 class DopHistory:
     """Runs of (phase, dop, tokens). The first token after a prefill is that prefill's: no decode run counts it."""
 
-    def __init__(self) -> None:
+    def __init__(self, arrived_us: int) -> None:
         self.runs: list[pb.DopRun] = []
-        self._start_us: int | None = None
+        self._arrived_us = arrived_us
+        self._first_step_us: int | None = None
+        self._first_token_us: int | None = None
         self._prefill_emits = False
+
+    def timing(self, now_us: int) -> pb.Timing:
+        """Of a request that ends now; what never came is as late as the end."""
+        first_step_us = now_us if self._first_step_us is None else self._first_step_us
+        first_token_us = now_us if self._first_token_us is None else self._first_token_us
+        return pb.Timing(
+            queue_us=first_step_us - self._arrived_us,
+            ttft_us=first_token_us - self._arrived_us,
+            total_us=now_us - self._arrived_us,
+        )
 
     def prefilled(self, item: Prefilled, now_us: int) -> None:
         self._extend(pb.PHASE_PREFILL, item.dop, item.num_tokens, now_us)
         self._prefill_emits = item.emit
 
     def emitted(self, dop: int, num_tokens: int, now_us: int) -> None:
+        if self._first_token_us is None:
+            self._first_token_us = now_us
         if self._prefill_emits:
             self._prefill_emits = False
             num_tokens -= 1
@@ -67,12 +82,12 @@ class DopHistory:
             self._extend(pb.PHASE_DECODE, dop, num_tokens, now_us)
 
     def _extend(self, phase: pb.Phase, dop: int, num_tokens: int, now_us: int) -> None:
-        if self._start_us is None:
-            self._start_us = now_us
+        if self._first_step_us is None:
+            self._first_step_us = now_us
         if self.runs and self.runs[-1].phase == phase and self.runs[-1].dop == dop:
             self.runs[-1].tokens += num_tokens
         else:
-            self.runs.append(pb.DopRun(phase=phase, dop=dop, tokens=num_tokens, start_us=now_us - self._start_us))
+            self.runs.append(pb.DopRun(phase=phase, dop=dop, tokens=num_tokens, start_us=now_us - self._arrived_us))
 
 
 class RequestStream:
@@ -91,7 +106,8 @@ class RequestStream:
         self._detokenizer = detokenizer
         self._stop_ids = frozenset(start.stop_ids)
         self._stop_finder = StopFinder(stop)
-        self._history = DopHistory()
+        self._history = DopHistory(start.arrived_us)
+        self._newest_us = start.arrived_us
         self._items: list[tuple[SinkItem, int]] = []
         self._arrived = asyncio.Event()
         self._num_tokens = 0
@@ -137,6 +153,7 @@ class RequestStream:
         scores: list[pb.GenerateResponse] = []
         last: Finish | None = None
         for item, now_us in items:
+            self._newest_us = now_us
             if isinstance(item, Emit):
                 self._take(item, tokens, now_us)
                 if self.stop_found:
@@ -209,6 +226,7 @@ class RequestStream:
             seed=self._start.seed,
             matched_stop=self._matched,
             choice=self._start.choice,
+            timing=self._history.timing(self._newest_us),
         )
 
 

@@ -139,8 +139,36 @@ def check_prompt(
     return tokens.astype("<i4").tobytes(), max_tokens
 
 
-def check_interval_ms(request: pb.WatchStateRequest) -> int:
-    """The interval of a WatchState call. Raises InvalidField."""
+def least_new_tokens(ask: Ask, max_tokens: int) -> int:
+    """How many tokens the answer has at least, unless it is aborted."""
+    if not ask.stop_ids and not ask.stop:
+        return max_tokens
+    return max(1, ask.min_tokens)
+
+
+def tokenize_request(request: pb.TokenizeRequest) -> pb.GenerateRequest:
+    """The same prompt, to be checked like any other. Raises InvalidField."""
+    field = request.WhichOneof("prompt")
+    if field is None:
+        raise InvalidField("prompt", "give text or messages")
+    if field == "messages" and request.HasField("add_special_tokens"):
+        raise InvalidField("add_special_tokens", "the chat template says which there are")
+    if field == "messages":
+        return pb.GenerateRequest(messages=request.messages)
+    return pb.GenerateRequest(text=request.text)
+
+
+def check_duration_ms(request: pb.StartProfileRequest) -> int:
+    """How long a profile may take. Raises InvalidField."""
+    if not request.HasField("duration_ms"):
+        return 10_000
+    if not 100 <= request.duration_ms <= 600_000:
+        raise InvalidField("duration_ms", f"{request.duration_ms} is not within 100 to 600000")
+    return request.duration_ms
+
+
+def check_interval_ms(request: pb.WatchGroupsRequest) -> int:
+    """The interval of a WatchGroups call. Raises InvalidField."""
     if not request.HasField("interval_ms"):
         return 500
     if not 50 <= request.interval_ms <= 60_000:

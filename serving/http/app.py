@@ -150,7 +150,7 @@ class Api:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request, DetokenizeBody)
-        return _json({"prompt": await self._generator.detokenize(body.tokens)})
+        return _json({"prompt": await self._generator.detokenize(body.tokens, "tokens")})
 
     # ------------------------------------------------------------------------------------------ about the server
 

@@ -1,6 +1,6 @@
 """What /metrics says: vLLM's names where they mean the same, `loong_` for elasticity.
 
-The engine is asked once a scrape for the state that WatchState streams too, so nothing is counted twice. What it is
+The engine is asked once a scrape for the state that WatchGroups streams too, so nothing is counted twice. What it is
 not: the counting (`serving/state.py`, `serving/http/request_metrics.py`).
 """
 

@@ -360,7 +360,7 @@ def test_state_shows_groups_pools_and_counters():
             tasks = [asyncio.create_task(live.client.generate(LONG)) for _ in range(3)]
             await eventually(lambda: len(live.manager.running) == 3)
             await asyncio.sleep(0.1)
-            states = live.client.watch_state(50)
+            states = live.client.watch_groups(50)
             await anext(states)
             state = await anext(states)
             await states.aclose()

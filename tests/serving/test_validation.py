@@ -100,8 +100,11 @@ async def refusal(call) -> grpc.aio.AioRpcError:
 
 def test_every_bad_field_is_named_and_all_other_streams_go_on():
     async def run():
-        async with live_server(step_s=0.001) as live:
-            others = [asyncio.create_task(live.client.generate(request(max_tokens=1500))) for _ in range(4)]
+        async with live_server(step_s=0.01) as live:
+            names = [f"other-{i}" for i in range(4)]
+            others = [
+                asyncio.create_task(live.client.generate(request(max_tokens=2000, request_id=name))) for name in names
+            ]
             for what, bad, field, words in BAD:
                 error = await refusal(live.client.generate(bad, 10))
                 assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, what
@@ -110,8 +113,11 @@ def test_every_bad_field_is_named_and_all_other_streams_go_on():
                 good = await live.client.generate(request(max_tokens=4), 10)
                 assert good.token_ids == echo(PROMPT, 4), what
             assert not any(other.done() for other in others), "the probes must have run beside open streams"
+            for name in names:
+                await live.client.abort(name)
             for answer in await asyncio.gather(*others):
-                assert answer.token_ids == echo(PROMPT, 1500)
+                assert answer.token_ids == echo(PROMPT, len(answer.token_ids))
+                assert answer.finished.finish_reason == pb.FINISH_REASON_ABORT
 
     asyncio.run(run())
 
@@ -207,7 +213,7 @@ def test_watch_interval_is_checked():
         async with live_server() as live:
             for interval_ms in (0, -1, 49, 60_001, 2**63 - 1):
                 with pytest.raises(grpc.aio.AioRpcError, match="interval_ms: ") as caught:
-                    async for _ in live.client.watch_state(interval_ms):
+                    async for _ in live.client.watch_groups(interval_ms):
                         pass
                 assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 

@@ -5,8 +5,11 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from serving.about import Served
 from serving.access import Access, AccessConfig, TlsFiles
 from serving.client import ClientIdentity, LoongClient
+from serving.deadlines import Deadlines
+from serving.device_trace import DeviceTrace
 from serving.loop import EngineLoop
 from serving.sampling_params import SamplingLimits
 from serving.server import LoongServer, ServerConfig
@@ -29,6 +32,9 @@ class Live:
         ready: bool,
         drain_s: float,
         access: AccessConfig,
+        stall_s: float,
+        deadlines: Deadlines | None,
+        trace: DeviceTrace | None,
     ):
         asyncio_loop = asyncio.get_running_loop()
         self.manager = manager
@@ -56,7 +62,10 @@ class Live:
             self.loop,
             tokenizer,
             self.limits,
-            ServerConfig(port=0, drain_s=drain_s),
+            ServerConfig(port=0, drain_s=drain_s, stall_s=stall_s),
+            served=Served("echo", max_running=64, max_waiting=manager.max_waiting, page_tokens=manager.page_tokens),
+            deadlines=deadlines,
+            trace=trace,
             access=self.access,
             tls=self.tls,
         )
@@ -74,9 +83,22 @@ async def live_server(
     drain_s: float = 5.0,
     access: AccessConfig = AccessConfig(),
     identity: ClientIdentity = ClientIdentity(),
+    stall_s: float = 60.0,
+    deadlines: Deadlines | None = None,
+    trace: DeviceTrace | None = None,
 ) -> AsyncIterator[Live]:
     tokenizer = (tokenizer or byte_tokenizer()) if has_tokenizer else None
-    live = Live(manager or FakeManager(), tokenizer, step_s=step_s, ready=ready, drain_s=drain_s, access=access)
+    live = Live(
+        manager or FakeManager(),
+        tokenizer,
+        step_s=step_s,
+        ready=ready,
+        drain_s=drain_s,
+        access=access,
+        stall_s=stall_s,
+        deadlines=deadlines,
+        trace=trace,
+    )
     port = await live.server.start()
     live.loop.start(live.executor, NEEDED, asyncio.get_running_loop())
     async with LoongClient(f"127.0.0.1:{port}", identity=identity) as live.client:

@@ -110,7 +110,7 @@ def test_frames_of_a_completion_one_for_each_token_and_the_reason_with_the_last(
         assert len({frame["id"] for frame in frames}) == 1
         assert not any("usage" in frame for frame in frames)
 
-    served(test, step_s=0.005)
+    served(test, step_s=0.05)
 
 
 def test_frames_of_a_chat_with_usage_last():
@@ -123,7 +123,7 @@ def test_frames_of_a_chat_with_usage_last():
         assert all(frame["usage"] is None and frame["object"] == "chat.completion.chunk" for frame in (role, *frames))
         assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 4, "[DONE]")
 
-    served(test, step_s=0.005)
+    served(test, step_s=0.05)
 
 
 @pytest.mark.parametrize(

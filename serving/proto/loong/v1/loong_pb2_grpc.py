@@ -39,20 +39,60 @@ class LoongStub:
                 request_serializer=loong_dot_v1_dot_loong__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=loong_dot_v1_dot_loong__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateUnary = channel.unary_unary(
+                '/loong.v1.Loong/GenerateUnary',
+                request_serializer=loong_dot_v1_dot_loong__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.GenerateUnaryResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/loong.v1.Loong/Abort',
                 request_serializer=loong_dot_v1_dot_loong__pb2.AbortRequest.SerializeToString,
                 response_deserializer=loong_dot_v1_dot_loong__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/loong.v1.Loong/Tokenize',
+                request_serializer=loong_dot_v1_dot_loong__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/loong.v1.Loong/Detokenize',
+                request_serializer=loong_dot_v1_dot_loong__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/loong.v1.Loong/ListModels',
+                request_serializer=loong_dot_v1_dot_loong__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.GetLoads = channel.unary_unary(
+                '/loong.v1.Loong/GetLoads',
+                request_serializer=loong_dot_v1_dot_loong__pb2.GetLoadsRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.Loads.FromString,
                 _registered_method=True)
         self.GetState = channel.unary_unary(
                 '/loong.v1.Loong/GetState',
                 request_serializer=loong_dot_v1_dot_loong__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=loong_dot_v1_dot_loong__pb2.State.FromString,
                 _registered_method=True)
-        self.WatchState = channel.unary_stream(
-                '/loong.v1.Loong/WatchState',
-                request_serializer=loong_dot_v1_dot_loong__pb2.WatchStateRequest.SerializeToString,
+        self.WatchGroups = channel.unary_stream(
+                '/loong.v1.Loong/WatchGroups',
+                request_serializer=loong_dot_v1_dot_loong__pb2.WatchGroupsRequest.SerializeToString,
                 response_deserializer=loong_dot_v1_dot_loong__pb2.State.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/loong.v1.Loong/Drain',
+                request_serializer=loong_dot_v1_dot_loong__pb2.DrainRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.StartProfile = channel.unary_unary(
+                '/loong.v1.Loong/StartProfile',
+                request_serializer=loong_dot_v1_dot_loong__pb2.StartProfileRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.StartProfileResponse.FromString,
+                _registered_method=True)
+        self.StopProfile = channel.unary_unary(
+                '/loong.v1.Loong/StopProfile',
+                request_serializer=loong_dot_v1_dot_loong__pb2.StopProfileRequest.SerializeToString,
+                response_deserializer=loong_dot_v1_dot_loong__pb2.StopProfileResponse.FromString,
                 _registered_method=True)
 
 
@@ -62,12 +102,25 @@ class LoongServicer:
     def Generate(self, request, context):
         """Generates tokens for one prompt. The stream carries any number of `tokens`, then exactly one `finished`, for each
         choice; the choices come mixed.
-        The request id is echoed in the initial metadata (`request-id`), sent when the request has been admitted to the
-        queue. Cancelling the call frees the request's memory.
+        The request id is echoed in the initial metadata (`request-id`), sent when the request has been handed to the
+        engine. Cancelling the call frees the request's memory, and so does its deadline.
+
+        Trailing metadata, numbers as text: `prompt-tokens`; `completion-tokens` of all choices; `queue-us`, `ttft-us` and
+        `total-us` of the first choice (see Timing); `dop-history` of the first choice, as in "prefill:4x3 decode:2x6", phase
+        : DoP x tokens, the last 64 runs. All of it is in `finished` too.
 
         Status: INVALID_ARGUMENT (a bad field, or a prompt that can never fit), ALREADY_EXISTS (request_id is in use),
         RESOURCE_EXHAUSTED (the queue is full; `grpc-retry-pushback-ms` in the trailing metadata says when to try again),
-        UNAVAILABLE (warming up or draining), INTERNAL (the engine failed).
+        DEADLINE_EXCEEDED (it has passed; or, where the cost model was measured, it will pass before the shortest answer
+        that is asked for could be there: then nothing is begun), UNAVAILABLE (warming up, draining, or the engine stands
+        still), INTERNAL (the engine failed).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateUnary(self, request, context):
+        """The same in one message, when all of it is there. Metadata and status as of Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +133,34 @@ class LoongServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids that a prompt has. INVALID_ARGUMENT where the model has no tokenizer, or no chat template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids, without special tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """What is served here: one model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoads(self, request, context):
+        """How busy the server is, for whoever spreads requests over several.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetState(self, request, context):
         """The elastic state now.
         """
@@ -87,8 +168,31 @@ class LoongServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def WatchState(self, request, context):
-        """The elastic state, again and again until the call is cancelled.
+    def WatchGroups(self, request, context):
+        """The elastic state, again and again until the call is cancelled: groups, instances, what was scaled and moved.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """For operators. Refuses new requests from now on (health: NOT_SERVING), and returns when the running ones have ended.
+        The process goes on until it gets a signal. That the call ends earlier (its deadline) does not undo it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartProfile(self, request, context):
+        """For operators. Begins a profile of the devices of the server's process (jax.profiler), in a folder that the server
+        was started with. FAILED_PRECONDITION where it was started without one, or a profile is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopProfile(self, request, context):
+        """For operators. Ends the profile and writes it. FAILED_PRECONDITION where none is under way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,20 +206,60 @@ def add_LoongServicer_to_server(servicer, server):
                     request_deserializer=loong_dot_v1_dot_loong__pb2.GenerateRequest.FromString,
                     response_serializer=loong_dot_v1_dot_loong__pb2.GenerateResponse.SerializeToString,
             ),
+            'GenerateUnary': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateUnary,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.GenerateRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.GenerateUnaryResponse.SerializeToString,
+            ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
                     request_deserializer=loong_dot_v1_dot_loong__pb2.AbortRequest.FromString,
                     response_serializer=loong_dot_v1_dot_loong__pb2.AbortResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.TokenizeRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.DetokenizeRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.ListModelsRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetLoads': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoads,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.GetLoadsRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.Loads.SerializeToString,
             ),
             'GetState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetState,
                     request_deserializer=loong_dot_v1_dot_loong__pb2.GetStateRequest.FromString,
                     response_serializer=loong_dot_v1_dot_loong__pb2.State.SerializeToString,
             ),
-            'WatchState': grpc.unary_stream_rpc_method_handler(
-                    servicer.WatchState,
-                    request_deserializer=loong_dot_v1_dot_loong__pb2.WatchStateRequest.FromString,
+            'WatchGroups': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchGroups,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.WatchGroupsRequest.FromString,
                     response_serializer=loong_dot_v1_dot_loong__pb2.State.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.DrainRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.DrainResponse.SerializeToString,
+            ),
+            'StartProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartProfile,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.StartProfileRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.StartProfileResponse.SerializeToString,
+            ),
+            'StopProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopProfile,
+                    request_deserializer=loong_dot_v1_dot_loong__pb2.StopProfileRequest.FromString,
+                    response_serializer=loong_dot_v1_dot_loong__pb2.StopProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -156,6 +300,33 @@ class Loong:
             _registered_method=True)
 
     @staticmethod
+    def GenerateUnary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/GenerateUnary',
+            loong_dot_v1_dot_loong__pb2.GenerateRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.GenerateUnaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Abort(request,
             target,
             options=(),
@@ -172,6 +343,114 @@ class Loong:
             '/loong.v1.Loong/Abort',
             loong_dot_v1_dot_loong__pb2.AbortRequest.SerializeToString,
             loong_dot_v1_dot_loong__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/Tokenize',
+            loong_dot_v1_dot_loong__pb2.TokenizeRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/Detokenize',
+            loong_dot_v1_dot_loong__pb2.DetokenizeRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/ListModels',
+            loong_dot_v1_dot_loong__pb2.ListModelsRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/GetLoads',
+            loong_dot_v1_dot_loong__pb2.GetLoadsRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.Loads.FromString,
             options,
             channel_credentials,
             insecure,
@@ -210,7 +489,7 @@ class Loong:
             _registered_method=True)
 
     @staticmethod
-    def WatchState(request,
+    def WatchGroups(request,
             target,
             options=(),
             channel_credentials=None,
@@ -223,9 +502,90 @@ class Loong:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/loong.v1.Loong/WatchState',
-            loong_dot_v1_dot_loong__pb2.WatchStateRequest.SerializeToString,
+            '/loong.v1.Loong/WatchGroups',
+            loong_dot_v1_dot_loong__pb2.WatchGroupsRequest.SerializeToString,
             loong_dot_v1_dot_loong__pb2.State.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/Drain',
+            loong_dot_v1_dot_loong__pb2.DrainRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/StartProfile',
+            loong_dot_v1_dot_loong__pb2.StartProfileRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.StartProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loong.v1.Loong/StopProfile',
+            loong_dot_v1_dot_loong__pb2.StopProfileRequest.SerializeToString,
+            loong_dot_v1_dot_loong__pb2.StopProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,
