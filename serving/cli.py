@@ -15,28 +15,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import grpc
 import typer
 
-from loong_jax.config import ConfigError, LimitsConfig
+from loong_jax.config import LimitsConfig
 from loong_jax.default_model import DEFAULT_MODEL
-from loong_jax.model.hf_config import CheckpointError
 from serving import access_flags, flags, launch
+from serving.bench.command import bench as bench_command
 from serving.client import ClientIdentity, LoongClient, chat_messages, generate_request
 from serving.console import ConsoleReporter
 from serving.engine import EngineConfig
-from serving.errors import PortTaken
-from serving.launch import EngineLost, LaunchConfig
-from serving.measuring import ProfilingError
+from serving.launch import LaunchConfig
 from serving.printer import Printer
 from serving.profile import profile as profile_engine
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.server import ServerConfig
 from serving.simulate import simulate as simulate_command
-from serving.tokenizer import TokenizerError
-from serving.worker import ControlError
+from serving.told_errors import fail, told_errors
 
 T = TypeVar("T")
 
@@ -106,7 +102,7 @@ def serve(
     Ready when the standard health service says SERVING.
     """
     options = dict(locals())
-    with _told_errors():
+    with told_errors():
         flags.check_folder(model)
         flags.one_of("platform", platform, "default", "cpu")
         cluster = _with_options(flags.cluster_config, options)
@@ -156,7 +152,7 @@ def profile(
     see it.
     """
     options = dict(locals())
-    with _told_errors():
+    with told_errors():
         flags.check_folder(model)
         flags.one_of("platform", platform, "default", "cpu")
         cluster = _with_options(flags.cluster_config, options)
@@ -178,7 +174,7 @@ def worker(
 
     The leader is `loong serve` with --num-processes, --coordinator and --control; it may start before or after.
     """
-    with _told_errors(), ConsoleReporter() as reporter:
+    with told_errors(), ConsoleReporter() as reporter:
         flags.check_folder(model)
         launch.work(
             model,
@@ -200,7 +196,7 @@ def convert(
     The tensors stay whole, in chunks that any number of instances of any tp can read its shards from. OUT appears when
     all of it is there.
     """
-    with _told_errors():
+    with told_errors():
         flags.check_folder(source)
         os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed; Orbax imports JAX
         from loong_jax.model import convert as conversion
@@ -255,7 +251,7 @@ def generate(
 ) -> None:
     """Send one prompt to a server and print the answer as it comes; a summary goes to standard error."""
     content = _content(prompt, prompt_file, token_ids, chat, system)
-    with _told_errors():
+    with told_errors():
         request = generate_request(
             content,
             max_tokens=max_tokens,
@@ -283,8 +279,15 @@ def generate(
 @app.command(help=simulate_command.__doc__)
 @functools.wraps(simulate_command)
 def simulate(**options: Any) -> None:
-    with _told_errors():
+    with told_errors():
         simulate_command(**options)
+
+
+@app.command(help=bench_command.__doc__)
+@functools.wraps(bench_command)
+def bench(**options: Any) -> None:
+    with told_errors():
+        bench_command(**options)
 
 
 def _content(
@@ -292,10 +295,10 @@ def _content(
 ) -> str | tuple[int, ...] | pb.Messages:
     given = [value for value in (prompt, prompt_file, token_ids, chat) if value is not None]
     if len(given) != 1:
-        _fail("give exactly one of --prompt, --prompt-file, --token-ids and --chat", code=2)
+        fail("give exactly one of --prompt, --prompt-file, --token-ids and --chat", code=2)
     if system is not None and chat is None:
-        _fail("--system goes with --chat", code=2)
-    with _told_errors():
+        fail("--system goes with --chat", code=2)
+    with told_errors():
         if token_ids is not None:
             return flags.numbers("token-ids", token_ids)
         if chat is not None:
@@ -334,45 +337,9 @@ def _summary(finished: pb.Finished, first_s: float, total_s: float) -> str:
 # ----------------------------------------------------------------------------------------------------------- details
 
 
-class _told_errors:
-    """What the world may do wrong ends the command with its words; a bug keeps its traceback."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is None:
-            return
-        if isinstance(error, grpc.RpcError):
-            _fail(f"{error.code().name}: {error.details()}")  # type: ignore[attr-defined]
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(130)
-        if isinstance(error, _WORLD):
-            _fail(str(error) or type(error).__name__)
-
-
-_WORLD = (
-    OSError,
-    TimeoutError,
-    CheckpointError,
-    ConfigError,
-    ControlError,
-    EngineLost,
-    PortTaken,
-    ProfilingError,
-    TokenizerError,
-    grpc.FutureTimeoutError,
-)
-
-
 def _with_options(function: Callable[..., T], options: Mapping[str, Any]) -> T:
     """Called with those of a command's options that it takes."""
     return function(**{name: options[name] for name in inspect.signature(function).parameters})
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    print(f"loong: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def _read(path: Path | None) -> str:

@@ -24,6 +24,7 @@ UNTESTED: set[str] = set()
 # installed.
 EXTRAS = {
     "loong_jax/sim/picture.py": {"matplotlib"},
+    "serving/bench/": {"httpx", "matplotlib"},
     "serving/http/": {"prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
 }
 # Files past the limit because their one subject is a long list of records.

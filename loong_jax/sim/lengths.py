@@ -12,9 +12,10 @@ import csv
 import json
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from loong_jax.config import ConfigError
@@ -151,18 +152,35 @@ class TraceFile(NamedTuple):
 
 def read_trace(name: str, folder: Path) -> TraceFile:
     """Raises ConfigError for an unknown name and OSError for a file that is not there."""
-    readers = {"azure": _azure, "mooncake": _mooncake, "arxiv": _arxiv, "leval-trace": _leval}
-    if name not in readers:
-        raise ConfigError(f"workload: no trace is called {name!r}; there are {', '.join(readers)}")
+    if name not in FILES:
+        raise ConfigError(f"workload: no trace is called {name!r}; there are {', '.join(FILES)}")
+    return _read(name, folder / FILES[name])
+
+
+def read_trace_file(path: Path) -> TraceFile:
+    """A file of one of the forms of FILES, or of a measured vLLM, whatever it is called; its first line tells which.
+    Raises ConfigError for another form, OSError."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        head = file.readline(4096)
+    for name, words in _FIRST_LINES.items():
+        if all(word in head for word in words):
+            return _read(name, path)
+    raise ConfigError(f"{path}: its first line is of no trace that is known: {head[:80]!r}")
+
+
+def _read(name: str, path: Path) -> TraceFile:
     try:
-        return readers[name](folder)
+        trace = _READERS[name](path)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"traces: the file of {name!r} has another form: {error!r}") from error
+        raise ConfigError(f"traces: {path} is not what {name!r} looks like: {error!r}") from error
+    if not trace.lengths:
+        raise ConfigError(f"traces: {path} has no request")
+    return trace
 
 
-def _azure(folder: Path) -> TraceFile:
+def _azure(path: Path) -> TraceFile:
     lengths, seconds = [], []
-    with open(folder / "azure2023_conv.csv", newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             lengths.append(Lengths(int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"]))))
             hours, minutes, rest = row["TIMESTAMP"].split(" ")[1].split(":")
@@ -170,21 +188,52 @@ def _azure(folder: Path) -> TraceFile:
     return TraceFile(lengths, tuple(s - seconds[0] for s in seconds))
 
 
-def _mooncake(folder: Path) -> TraceFile:
-    with open(folder / "mooncake_conversation.jsonl", encoding="utf-8") as file:
+def _mooncake(path: Path) -> TraceFile:
+    with open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     lengths = [Lengths(row["input_length"], max(1, row["output_length"])) for row in rows]
     return TraceFile(lengths, tuple(row["timestamp"] / 1000 for row in rows))
 
 
-def _arxiv(folder: Path) -> TraceFile:
-    with open(folder / "vidur_arxiv.csv", newline="", encoding="utf-8") as file:
+def _arxiv(path: Path) -> TraceFile:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = [(row["num_prefill_tokens"], row["num_decode_tokens"]) for row in csv.DictReader(file)]
     return TraceFile([Lengths(max(1, int(p)), max(1, int(d))) for p, d in rows], ())
 
 
-def _leval(folder: Path) -> TraceFile:
+def _leval(path: Path) -> TraceFile:
     """Characters; about four a token."""
-    with open(folder / "leval_lengths_chars.csv", newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = [(row["prompt_chars"], row["output_chars"]) for row in csv.DictReader(file)]
     return TraceFile([Lengths(max(1, int(p) // 4), max(1, int(o) // 4)) for p, o in rows], ())
+
+
+def _vllm(path: Path) -> TraceFile:
+    with open(path, encoding="utf-8") as file:
+        rows = sorted((json.loads(line) for line in file), key=lambda row: row["arrival_time"])
+    lengths = [Lengths(row["input_toks"], max(1, row["output_toks"])) for row in rows]
+    return TraceFile(lengths, tuple(row["arrival_time"] - rows[0]["arrival_time"] for row in rows))
+
+
+FILES: Mapping[str, str] = MappingProxyType(
+    {
+        "azure": "azure2023_conv.csv",
+        "mooncake": "mooncake_conversation.jsonl",
+        "arxiv": "vidur_arxiv.csv",
+        "leval-trace": "leval_lengths_chars.csv",
+    }
+)
+"""Trace -> its file in a folder of traces."""
+
+_READERS: Mapping[str, Callable[[Path], TraceFile]] = MappingProxyType(
+    {"azure": _azure, "mooncake": _mooncake, "arxiv": _arxiv, "leval-trace": _leval, "vllm": _vllm}
+)
+_FIRST_LINES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "azure": ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+        "mooncake": ('"timestamp"', '"input_length"', '"output_length"'),
+        "arxiv": ("num_prefill_tokens", "num_decode_tokens"),
+        "leval-trace": ("prompt_chars", "output_chars"),
+        "vllm": ('"input_toks"', '"output_toks"', '"arrival_time"'),
+    }
+)

@@ -76,6 +76,16 @@ def test_files(tmp_path: Path) -> None:
     assert lengths.read_trace("mooncake", tmp_path) == ([(9, 1), (8, 3)], (0.0, 1.5))
     assert lengths.read_trace("arxiv", tmp_path) == ([(3772, 54)], ())
     assert lengths.read_trace("leval-trace", tmp_path) == ([(6432, 1)], ())
+    for name, file in lengths.FILES.items():  # also under another name
+        assert lengths.read_trace_file((tmp_path / file).rename(tmp_path / "x")).lengths, name
+
+
+def test_a_measured_vllm(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(
+        '{"request_id": "b", "input_toks": 9, "output_toks": 2, "arrival_time": 101.5}\n'
+        '{"request_id": "a", "input_toks": 8, "output_toks": 0, "arrival_time": 100.0}\n'
+    )
+    assert lengths.read_trace_file(tmp_path / "x.jsonl") == ([(8, 1), (9, 2)], (0.0, 1.5))
 
 
 def test_bad_files_and_names(tmp_path: Path) -> None:
@@ -86,5 +96,10 @@ def test_bad_files_and_names(tmp_path: Path) -> None:
     (tmp_path / "vidur_arxiv.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="traces"):
         lengths.read_trace("arxiv", tmp_path)
+    with pytest.raises(ConfigError, match="no trace that is known"):
+        lengths.read_trace_file(tmp_path / "vidur_arxiv.csv")
+    (tmp_path / "vidur_arxiv.csv").write_text("num_prefill_tokens,num_decode_tokens\n")
+    with pytest.raises(ConfigError, match="no request"):
+        lengths.read_trace_file(tmp_path / "vidur_arxiv.csv")
     with pytest.raises(ConfigError, match="exponent"):
         lengths.zipf(-1.0)
