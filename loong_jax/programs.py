@@ -313,7 +313,7 @@ class _Maker:
                 step = self._build(program)
                 self._jitted[program] = step, jax.jit(step.function, donate_argnums=step.donate)
             step, jitted = self._jitted[program]
-            lowered = jitted.lower(*_placed(step, mesh))
+            lowered = jitted.lower(*placed(step, mesh))
         with jax.set_mesh(mesh):
             return lowered.compile()
 
@@ -339,7 +339,7 @@ class _Maker:
         }
 
 
-def _placed(step: StepFunction, mesh: Mesh) -> tuple[Any, ...]:
+def placed(step: StepFunction, mesh: Mesh) -> tuple[Any, ...]:
     """The arguments' structs with their shardings on `mesh`."""
 
     def place(spec: PartitionSpec, argument: Any) -> Any:

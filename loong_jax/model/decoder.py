@@ -109,7 +109,9 @@ class Layer(nnx.Module):
         fused = linear(self._norm(x, self.attn_norm), self.qkv[...])
         if config.qkv_bias:
             fused = fused + self.qkv_bias[...].astype(fused.dtype)
-        fused = fused.reshape(x.shape[0], -1, config.head_dim)
+        # Otherwise XLA for TPU merges the reshape into the product, which then wants the weights transposed: a step of
+        # decode would copy those of all layers.
+        fused = jax.lax.optimization_barrier(fused).reshape(x.shape[0], -1, config.head_dim)
         rotated, v = fused[:, : num_heads + num_kv_heads], fused[:, num_heads + num_kv_heads :]
         if family_of(config).qk_norm:
             q, k = self._norm(rotated[:, :num_heads], self.q_norm), self._norm(rotated[:, num_heads:], self.k_norm)

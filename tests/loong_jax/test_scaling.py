@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from loong_jax.aot.collectives import KINDS, traffic_of
+from loong_jax.aot.compiled import compile_step
 from loong_jax.config import LimitsConfig
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.esp.layout import prefill_layout
@@ -36,8 +38,6 @@ from loong_jax.types import (
     Sampling,
     Share,
 )
-from tests.support.collectives import KINDS, traffic_of
-from tests.support.compiled import compile_step
 from tests.support.plane import CLUSTER, data_plane
 
 EVERYONE = tuple(range(8))
