@@ -32,6 +32,7 @@ from serving.profile import profile as profile_engine
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.server import ServerConfig
 from serving.simulate import simulate as simulate_command
+from serving.spellings import Config, ServeCommand
 from serving.told_errors import fail, told_errors
 
 T = TypeVar("T")
@@ -56,9 +57,10 @@ def main() -> None:
     app()
 
 
-@app.command()
+@app.command(cls=ServeCommand)
 def serve(
     model: flags.Model = DEFAULT_MODEL,
+    config: Config = None,
     instances: flags.Instances = 8,
     tp: flags.Tp = 1,
     host: flags.Host = "127.0.0.1",
@@ -72,6 +74,7 @@ def serve(
     max_running: flags.MaxRunning = 256,
     max_waiting: flags.MaxWaiting = 1024,
     chunk_tokens: flags.ChunkTokens = 8192,
+    max_model_len: flags.MaxModelLen = None,
     dops: flags.Dops = "auto",
     prefill_buckets: flags.PrefillBuckets = "auto",
     decode_buckets: flags.DecodeBuckets = "auto",
@@ -103,29 +106,10 @@ def serve(
     """
     options = dict(locals())
     with told_errors():
-        flags.check_folder(model)
-        flags.one_of("platform", platform, "default", "cpu")
-        cluster = _with_options(flags.cluster_config, options)
-        engine = EngineConfig(
-            cluster=cluster,
-            limits=flags.limits_config(max_waiting=max_waiting, max_running=max_running, chunk_tokens=chunk_tokens),
-            policy=policy,
-            dtype=flags.dtype_of(dtype),
-            full_warm_up=flags.one_of("warm-up", warm_up, "minimal", "full") == "full",
-            num_processes=num_processes,
-            coordinator=coordinator,
-            refit=flags.refits(refit, platform),
-        )
-        name = flags.served_name(model, served_model_name)
-        server = ServerConfig(host=host, port=port, drain_s=drain_s, stall_s=stall_s)
-        http = flags.http_config(host=host, port=http_port, model=model, name=name)
-        access = _with_options(access_flags.access_config, options)
-        config = LaunchConfig(
-            model, engine, server, _cache_folder(cache_dir), event_log, control, cost, http, access, name, profile_dir
-        )
-        _use_platform(platform, engine)
+        launched = _launch_config(options)
+        _use_platform(platform, launched.engine)
         with ConsoleReporter() as reporter:
-            asyncio.run(launch.serve(config, reporter))
+            asyncio.run(launch.serve(launched, reporter))
 
 
 @app.command()
@@ -335,6 +319,39 @@ def _summary(finished: pb.Finished, first_s: float, total_s: float) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- details
+
+
+def _launch_config(options: Mapping[str, Any]) -> LaunchConfig:
+    """Of `loong serve`. Raises ConfigError."""
+    model, platform = options["model"], options["platform"]
+    flags.check_folder(model)
+    flags.one_of("platform", platform, "default", "cpu")
+    engine = EngineConfig(
+        cluster=_with_options(flags.cluster_config, options),
+        limits=_with_options(flags.limits_config, options),
+        policy=options["policy"],
+        dtype=flags.dtype_of(options["dtype"]),
+        full_warm_up=flags.one_of("warm-up", options["warm_up"], "minimal", "full") == "full",
+        num_processes=options["num_processes"],
+        coordinator=options["coordinator"],
+        refit=flags.refits(options["refit"], platform),
+    )
+    listening = {name: options[name] for name in ("host", "port", "drain_s", "stall_s")}
+    server = ServerConfig(**listening)
+    return LaunchConfig(
+        model,
+        engine,
+        server,
+        _cache_folder(options["cache_dir"]),
+        options["event_log"],
+        options["control"],
+        options["cost"],
+        _with_options(flags.http_config, options),
+        _with_options(access_flags.access_config, options),
+        flags.served_name(model, options["served_model_name"]),
+        options["profile_dir"],
+        options["max_model_len"],
+    )
 
 
 def _with_options(function: Callable[..., T], options: Mapping[str, Any]) -> T:

@@ -23,8 +23,14 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+# Spellings of vLLM and SGLang stand beside ours where they mean the same; `serving/spellings.py` says so of the others.
 Instances = Annotated[int, typer.Option(help="Instances; each holds one copy of the weights.")]
-Tp = Annotated[int, typer.Option(help="Devices of an instance (tensor parallelism).")]
+Tp = Annotated[
+    int,
+    typer.Option(
+        "--tp", "--tensor-parallel-size", "-tp", "--tp-size", help="Devices of an instance (tensor parallelism)."
+    ),
+]
 Host = Annotated[
     str, typer.Option(help="Address to listen on. Beyond loopback it needs --api-keys or --tls-client-ca.")
 ]
@@ -38,14 +44,40 @@ ServedModelName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.")]
 PoolTokens = Annotated[int, typer.Option(min=1, help="KV of all instances together, in tokens.")]
-PageTokens = Annotated[int, typer.Option(min=1, help="Tokens of a page.")]
+PageTokens = Annotated[
+    int, typer.Option("--page-tokens", "--block-size", "--page-size", min=1, help="Tokens of a page.")
+]
 RingTokens = Annotated[int, typer.Option(min=1, help="Tokens of a context tile that circulates in prefill.")]
 Attention = Annotated[
     str, typer.Option(help="'pallas': kernels where the platform has them. 'reference': attention in pure JAX.")
 ]
-MaxRunning = Annotated[int, typer.Option(min=1, help="Requests running at once.")]
-MaxWaiting = Annotated[int, typer.Option(min=1, help="Requests waiting at once; more are refused.")]
-ChunkTokens = Annotated[int, typer.Option(min=1, help="New tokens of one prefill step over its group.")]
+MaxRunning = Annotated[
+    int,
+    typer.Option("--max-running", "--max-num-seqs", "--max-running-requests", min=1, help="Requests running at once."),
+]
+MaxWaiting = Annotated[
+    int,
+    typer.Option("--max-waiting", "--max-queued-requests", min=1, help="Requests waiting at once; more are refused."),
+]
+ChunkTokens = Annotated[
+    int,
+    typer.Option(
+        "--chunk-tokens",
+        "--max-num-batched-tokens",
+        "--chunked-prefill-size",
+        min=1,
+        help="New tokens of one prefill step over its group.",
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        "--context-length",
+        min=1,
+        help="Longest prompt and answer together, in tokens. Default: what the model can, as far as the pool holds it.",
+    ),
+]
 Dops = Annotated[str, typer.Option(help="Degrees of parallelism, as in 1,2,4,8. auto: by the number of instances.")]
 PrefillBuckets = Annotated[
     str,
@@ -91,15 +123,23 @@ StallS = Annotated[
 ProfileDir = Annotated[
     Path | None, typer.Option(help="Folder for profiles that StartProfile asks for. Default: none are made.")
 ]
-NumProcesses = Annotated[int, typer.Option(min=1, help="Processes of this engine; all but this one are workers.")]
+NumProcesses = Annotated[
+    int,
+    typer.Option("--num-processes", "--nnodes", min=1, help="Processes of this engine; all but this one are workers."),
+]
 Coordinator = Annotated[
-    str | None, typer.Option(help="HOST:PORT of this host for jax.distributed, with several processes. Default: none.")
+    str | None,
+    typer.Option(
+        "--coordinator",
+        "--dist-init-addr",
+        help="HOST:PORT of this host for jax.distributed, with several processes. Default: none.",
+    ),
 ]
 Control = Annotated[
     str, typer.Option(help="HOST:PORT of this host that workers join, with several processes. Keep it private.")
 ]
 Leader = Annotated[str, typer.Option(help="HOST:PORT of the leader's --control.")]
-ProcessId = Annotated[int, typer.Option(min=1, help="Number of this process, from 1.")]
+ProcessId = Annotated[int, typer.Option("--process-id", "--node-rank", min=1, help="Number of this process, from 1.")]
 
 
 # Of `loong generate`
@@ -179,10 +219,10 @@ def cluster_config(
     )
 
 
-def http_config(*, host: str, port: int, model: Path, name: str | None) -> HttpConfig | None:
+def http_config(*, host: str, http_port: int, model: Path, served_model_name: str | None) -> HttpConfig | None:
     """None without a port. Raises ConfigError."""
-    name = served_name(model, name)
-    return HttpConfig(host=host, port=port, model_name=name, model_root=str(model)) if port else None
+    name = served_name(model, served_model_name)
+    return HttpConfig(host=host, port=http_port, model_name=name, model_root=str(model)) if http_port else None
 
 
 def served_name(model: Path, name: str | None) -> str:

@@ -43,7 +43,8 @@ T = TypeVar("T")
 class LaunchConfig(msgspec.Struct, frozen=True):
     """One serving process. `control_address`: where workers join, with several processes. `cost`: a file of loong
     profile; None: a cost model that claims no numbers. `http` None: gRPC only. `access` is for both listeners.
-    `profile_dir`: for profiles that operators ask for; None: there are none."""
+    `profile_dir`: for profiles that operators ask for; None: there are none.
+    `max_model_len`: the longest prompt and answer together, in tokens; None: the model's."""
 
     directory: Path
     engine: EngineConfig
@@ -56,6 +57,7 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     access: AccessConfig = AccessConfig()
     model_name: str = "loong"
     profile_dir: Path | None = None
+    max_model_len: int | None = None
 
 
 class Reporter(Protocol):
@@ -156,6 +158,11 @@ class _Leader:
             access=access,
             tls=tls,
         )
+        if config.max_model_len is not None:
+            if config.max_model_len > limits.max_position:
+                raise ConfigError(f"max-model-len: the model's context ends at {limits.max_position} tokens")
+            limits = msgspec.structs.replace(limits, max_position=config.max_model_len)
+        self._server = LoongServer(engine.loop, tokenizer, limits, config.server, access=access, tls=tls)
         self._http = None
         if config.http is not None:
             self._http = _http_server(engine, self._server, config.http, access, tls)

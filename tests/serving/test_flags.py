@@ -80,13 +80,13 @@ def test_a_model_that_is_no_folder_is_refused_by_name(tmp_path):
 
 
 def test_http_has_a_port_or_is_off(tmp_path):
-    assert flags.http_config(host="h", port=0, model=tmp_path, name=None) is None
-    config = flags.http_config(host="h", port=80, model=tmp_path, name=None)
+    assert flags.http_config(host="h", http_port=0, model=tmp_path, served_model_name=None) is None
+    config = flags.http_config(host="h", http_port=80, model=tmp_path, served_model_name=None)
     assert config is not None
     assert (config.host, config.port, config.model_name, config.model_root) == ("h", 80, tmp_path.name, str(tmp_path))
     for name in ("", "a\n", "x" * 201):
         with pytest.raises(ConfigError, match="served-model-name"):
-            flags.http_config(host="h", port=80, model=tmp_path, name=name)
+            flags.http_config(host="h", http_port=80, model=tmp_path, served_model_name=name)
 
 
 def test_virtual_devices_do_not_correct_the_cost_model_unless_told():
