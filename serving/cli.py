@@ -25,9 +25,11 @@ from serving import access_flags, flags, launch
 from serving.bench.command import bench as bench_command
 from serving.client import ClientIdentity, LoongClient, chat_messages, generate_request
 from serving.console import ConsoleReporter
+from serving.conversation import talk
 from serving.engine import EngineConfig
+from serving.info import info as info_command
 from serving.launch import LaunchConfig
-from serving.printer import Printer
+from serving.printer import Printer, summary
 from serving.profile import profile as profile_engine
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.server import ServerConfig
@@ -193,7 +195,7 @@ def convert(
 
 @app.command()
 def generate(
-    address: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
+    address: flags.Address = "127.0.0.1:50051",
     prompt: Annotated[str | None, typer.Option(help="The prompt.", show_default=False)] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File that holds the prompt; '-': standard input.", show_default=False)
@@ -206,13 +208,11 @@ def generate(
         typer.Option(help="The prompt as what a user says, put into the model's chat template.", show_default=False),
     ] = None,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message before it. Absent: none.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens to generate. Default: the server's (256).")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 or absent: greedy; up to 100.")] = None,
+    max_tokens: flags.MaxTokens = None,
+    temperature: flags.Temperature = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens. Absent: from all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this much probability. Absent: from all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable. Absent: drawn by the server.")] = None,
+    top_p: flags.TopP = None,
+    seed: flags.Seed = None,
     min_p: flags.MinP = None,
     presence_penalty: flags.PresencePenalty = None,
     frequency_penalty: flags.FrequencyPenalty = None,
@@ -225,7 +225,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
-    timeout_s: Annotated[float | None, typer.Option(help="Give up after this time, in seconds. Absent: never.")] = None,
+    timeout_s: flags.TimeoutS = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids, not text.")] = False,
     api_key: access_flags.ApiKey = None,
     tls: access_flags.Tls = False,
@@ -267,6 +267,35 @@ def simulate(**options: Any) -> None:
         simulate_command(**options)
 
 
+@app.command()
+def chat(
+    address: flags.Address = "127.0.0.1:50051",
+    system: flags.SystemMessage = None,
+    max_tokens: flags.MaxTokens = None,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    seed: flags.Seed = None,
+    timeout_s: flags.TimeoutS = None,
+    api_key: access_flags.ApiKey = None,
+    tls: access_flags.Tls = False,
+    tls_ca: access_flags.TlsCa = None,
+    tls_cert: access_flags.ClientCert = None,
+    tls_key: access_flags.ClientKey = None,
+) -> None:
+    """Talk with a served model: each line is a turn, from a terminal or a pipe; the answer is printed as it comes."""
+    with told_errors():
+        identity = ClientIdentity(api_key, tls, tls_ca, tls_cert, tls_key)
+        sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        talk(lambda: LoongClient(address, identity=identity), system, sampling, timeout_s)
+
+
+@app.command(help=info_command.__doc__)
+@functools.wraps(info_command)
+def info(**options: Any) -> None:
+    with told_errors():
+        info_command(**options)
+
+
 @app.command(help=bench_command.__doc__)
 @functools.wraps(bench_command)
 def bench(**options: Any) -> None:
@@ -304,18 +333,7 @@ async def _print_answer(
             for line in printer.take(response):
                 print(line, end="", flush=True)
             if response.WhichOneof("event") == "finished":
-                print(_summary(response.finished, first_s, time.monotonic() - start_s), file=sys.stderr)
-
-
-def _summary(finished: pb.Finished, first_s: float, total_s: float) -> str:
-    reason = pb.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower()
-    runs = ", ".join(
-        f"{pb.Phase.Name(run.phase).removeprefix('PHASE_').lower()} {run.tokens} at DoP {run.dop}"
-        for run in finished.dop_history
-    )
-    usage = f"{finished.usage.prompt_tokens} + {finished.usage.completion_tokens} tokens"
-    choice = f"choice {finished.choice}: " if finished.choice else ""
-    return f"[{choice}{reason}; {usage}; first after {first_s:.2f} s, all after {total_s:.2f} s; {runs}]"
+                print(summary(response.finished, first_s, time.monotonic() - start_s), file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------- details

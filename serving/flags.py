@@ -142,6 +142,17 @@ Leader = Annotated[str, typer.Option(help="HOST:PORT of the leader's --control."
 ProcessId = Annotated[int, typer.Option("--process-id", "--node-rank", min=1, help="Number of this process, from 1.")]
 
 
+# Of `loong generate` and `loong chat`
+Address = Annotated[str, typer.Option(help="HOST:PORT of the server.")]
+SystemMessage = Annotated[str | None, typer.Option("--system", help="System message before the turns. Absent: none.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate. Default: the server's (256).")]
+Temperature = Annotated[float | None, typer.Option(help="0 or absent: greedy; up to 100.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from this much probability. Absent: from all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable. Absent: drawn by the server.")]
+TimeoutS = Annotated[
+    float | None, typer.Option(help="Give up on an answer after this time, in seconds. Absent: never.")
+]
+
 # Of `loong generate`
 NumChoices = Annotated[
     int | None, typer.Option("--n", help="Answers to the prompt, 1 to 64; several need a temperature. Absent: 1.")

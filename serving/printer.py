@@ -1,6 +1,6 @@
-"""What `loong generate` writes to standard output: text, token ids, or tokens with their log-probabilities.
+"""What `loong generate` writes: text, token ids, or tokens with their log-probabilities, and a summary at the end.
 
-What it is not: the command (`serving/cli.py`), or the summary on standard error.
+What it is not: the command (`serving/cli.py`).
 """
 
 from __future__ import annotations
@@ -64,3 +64,15 @@ def prompt_lines(scores: pb.PromptLogprobs) -> list[str]:
         token_line(f"prompt[{scores.first + i}]", logprob, tops[k * i : k * (i + 1)], values[k * i : k * (i + 1)])
         for i, logprob in enumerate(scores.logprobs)
     ]
+
+
+def summary(finished: pb.Finished, first_s: float, total_s: float) -> str:
+    """Of one choice, for standard error."""
+    reason = pb.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower()
+    runs = ", ".join(
+        f"{pb.Phase.Name(run.phase).removeprefix('PHASE_').lower()} {run.tokens} at DoP {run.dop}"
+        for run in finished.dop_history
+    )
+    usage = f"{finished.usage.prompt_tokens} + {finished.usage.completion_tokens} tokens"
+    choice = f"choice {finished.choice}: " if finished.choice else ""
+    return f"[{choice}{reason}; {usage}; first after {first_s:.2f} s, all after {total_s:.2f} s; {runs}]"

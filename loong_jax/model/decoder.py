@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from loong_jax.config import ConfigError, ModelConfig
+from loong_jax.config import ModelConfig
+from loong_jax.local_sizes import local_sizes
 from loong_jax.model.families import family_of
 from loong_jax.model.layers import gated, linear, rms_norm
 from loong_jax.model.rope import Rotation, rotate, rotation
@@ -35,34 +35,6 @@ Attend = Callable[[Any, Any, Array, Array, Array], tuple[Array, Any]]
 
 NO_WINDOW = 2**30
 """A window that no distance reaches: what a layer without one has where the layers differ."""
-
-
-class Local(msgspec.Struct, frozen=True):
-    """Sizes on one tensor-parallel rank."""
-
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    vocab_size: int  # of the padded vocabulary
-
-    @property
-    def heads_and_kv(self) -> int:
-        return self.num_heads + 2 * self.num_kv_heads
-
-
-def local_sizes(config: ModelConfig, tp: int) -> Local:
-    """What one of `tp` ranks holds. Raises ConfigError naming the field that cannot be divided."""
-    for field in ("num_heads", "intermediate_size"):
-        if getattr(config, field) % tp:
-            raise ConfigError(f"{field}: {getattr(config, field)} cannot be divided over tp = {tp}")
-    if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        raise ConfigError(f"num_kv_heads: {config.num_kv_heads} neither divides tp = {tp} nor is divided by it")
-    return Local(
-        num_heads=config.num_heads // tp,
-        num_kv_heads=max(1, config.num_kv_heads // tp),
-        intermediate_size=config.intermediate_size // tp,
-        vocab_size=-(-config.vocab_size // tp),
-    )
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], config: ModelConfig, fan_in: int) -> nnx.Param:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from loong_jax.config import ModelConfig
-from loong_jax.model.decoder import local_sizes
+from loong_jax.local_sizes import local_sizes
 from loong_jax.model.families import family_of
 from loong_jax.model.untrusted import CheckpointError
 

@@ -31,7 +31,7 @@ async def run_beside(*args: str, stdin: str | None = None) -> tuple[int, str, st
     return process.returncode, out.decode(), err.decode()
 
 
-@pytest.mark.parametrize("name", ["serve", "profile", "worker", "convert", "generate", "bench"])
+@pytest.mark.parametrize("name", ["serve", "profile", "worker", "convert", "generate", "chat", "info", "bench"])
 def test_every_flag_has_help_and_says_its_default(name):
     import typer
 
