@@ -73,8 +73,8 @@ def lines(prompt: str) -> Iterator[str]:
 def talk(
     client: Callable[[], LoongClient], system: str | None, sampling: dict[str, Any], timeout_s: float | None
 ) -> None:
-    """Until the end of the input. An interrupt ends the answer under way, or else the conversation. Raises RpcError: from
-    a pipe any; from a terminal those that no other words would mend."""
+    """Until the end of the input. An interrupt ends the answer under way, or else the conversation. Raises RpcError:
+    from a pipe any; from a terminal those that no other words would mend."""
     interactive = sys.stdin.isatty()
     if interactive:
         sys.stderr.write("/help tells what else can be said; Ctrl-D leaves\n")

@@ -20,7 +20,7 @@ def test_the_table_and_what_to_type():
     assert done.exit_code == 0, done.output
     assert "8 x v5e" in done.stdout
     assert "the weights do not fit" in done.stdout
-    assert "* loong serve llama-3.1-8b --instances 4 --tp 2 --pool-tokens " in done.stdout
+    assert "* loong serve llama-3.1-8b --instances 1 --tp 8 --pool-tokens " in done.stdout
 
 
 def test_json_of_a_folder():
