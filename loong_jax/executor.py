@@ -20,6 +20,7 @@ from loong_jax.config import ClusterConfig
 from loong_jax.esp.groups import Devices
 from loong_jax.esp.layout import NOWHERE, adjust_layout_of
 from loong_jax.esp.steps import StepBuilder
+from loong_jax.grammar import Grammars, TokenMatcher
 from loong_jax.instance_states import Group, GroupWeights, InstanceStates
 from loong_jax.page_table import PageTables
 from loong_jax.programs import Programs
@@ -37,6 +38,7 @@ from loong_jax.types import (
     Phase,
     Prepare,
     Program,
+    RequestFailed,
     Reset,
     RunDecode,
     RunPrefill,
@@ -63,7 +65,9 @@ class Executor:
         weights: list[list],
         programs: Programs,
         post: Callable[[AnyEvent], None],
+        grammars: Grammars | None = None,
     ):
+        self._grammars = grammars
         self._builder, self._devices, self._programs, self._post = builder, devices, programs, post
         cluster = builder.cluster
         self._cluster: ClusterConfig = cluster
@@ -89,7 +93,8 @@ class Executor:
                 self.states.reset(command.instances)
                 self._tables.apply(command)
             case Adjust():
-                self._adjusts[command.request] = RowAdjust(command, self._builder.model.vocab_size)
+                vocab_size = self._builder.model.vocab_size
+                self._adjusts[command.request] = RowAdjust(command, vocab_size, self._matcher(command))
             case Forget():
                 del self._adjusts[command.request]
             case Prepare():
@@ -100,6 +105,13 @@ class Executor:
     def close(self) -> None:
         self._outputs.put(None)
         self._reader.join()
+
+    def _matcher(self, command: Adjust) -> TokenMatcher | None:
+        request, grammar = command.request, command.adjustment.grammar
+        if not grammar:
+            return None
+        assert self._grammars is not None, "a grammar is admitted only where all processes know grammars"
+        return self._grammars.matcher(grammar, lambda reason: self._post(RequestFailed(request, reason)))
 
     def _run(self, command: StepCommand) -> None:
         program, instances = self._program_of(command)

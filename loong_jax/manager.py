@@ -38,6 +38,7 @@ from loong_jax.types import (
     ProgramReady,
     Reject,
     RejectReason,
+    RequestFailed,
     Reset,
     StepDone,
     StepFailed,
@@ -104,6 +105,8 @@ class Manager:
                 self._on_step_failed(event)
             case Aborted():
                 self._on_aborted(event)
+            case RequestFailed():
+                self._on_request_failed(event)
             case Stopped():
                 self._on_stopped(event)
             case Forked():
@@ -264,6 +267,11 @@ class Manager:
         request = self.state.requests.get(event.request)
         if request is not None:
             self._finish(request, FinishReason.ABORT, request.num_generated)
+
+    def _on_request_failed(self, event: RequestFailed) -> None:
+        request = self.state.requests.get(event.request)
+        if request is not None:
+            self._finish(request, FinishReason.ERROR, request.num_generated, event.reason)
 
     def _on_stopped(self, event: Stopped) -> None:
         request = self.state.requests.get(event.request)

@@ -1,18 +1,23 @@
-"""The host's mirror of what alters the logits of adjusted requests: biases, bans, and the tokens counted so far.
+"""The host's mirror of what alters the logits of adjusted requests: biases, bans, the tokens counted so far, and which
+tokens a grammar allows next.
 
-What it is: one `RowAdjust` per adjusted request, fed by its rows: each emitting row of a request with penalties names
-the newest token, so a command carries one token however long the text is, and every process of an engine counts alike.
-What it is not: the arithmetic on logits (`model/adjust.py`), or anything that knows JAX.
+What it is: one `RowAdjust` per adjusted request, fed by its rows: each emitting row of a request with penalties or a
+grammar names the newest token, so a command carries one token however long the text is, and every process of an engine
+counts alike.
+What it is not: the arithmetic on logits (`model/adjust.py`), grammars (`grammar.py`), or anything that knows JAX.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 
 from loong_jax.types import Adjust, Adjustment
 
 BAN = -1e30
-"""Added to a logit that must not be sampled: far below every other, and finite whatever is done to it later."""
+"""Added to a logit that must not be sampled, or in its place: far below every other, and finite whatever is done to it
+later."""
 
 TOKEN, BEFORE, AFTER = range(3)
 """Lines of the entries: the token, bits of the addend before the repetition penalty, and after it."""
@@ -25,10 +30,24 @@ def max_entries(adjustment: Adjustment, stop_ids: tuple[int, ...], max_tokens: i
     return min(vocab_size, fixed + (max_tokens - 1 if adjustment.counts_output else 0))
 
 
-class RowAdjust:
-    """What a row of the step gets (`adjust_layout`), kept up to date token by token."""
+class Matcher(Protocol):
+    """How far one answer has come in its grammar."""
 
-    def __init__(self, command: Adjust, vocab_size: int):
+    def take(self, token: int) -> None:
+        """The next token of the answer."""
+        ...
+
+    def allowed(self) -> np.ndarray | None:
+        """Tokens that may follow: uint32 words, at least one bit for each token of the vocabulary, token t at bit
+        t % 32 of word t // 32. None when it gave up: any may."""
+        ...
+
+
+class RowAdjust:
+    """What a row of the step gets (`adjust_layout`), kept up to date token by token. `matcher`: of the grammar, where
+    there is one."""
+
+    def __init__(self, command: Adjust, vocab_size: int, matcher: Matcher | None = None):
         self.adjustment = adjustment = command.adjustment
         self._num_prompt = command.num_prompt
         self._num_counted = command.num_prompt
@@ -40,6 +59,7 @@ class RowAdjust:
         self._entries = np.zeros((3, max(16, len(tokens))), np.int32)
         self._entries[TOKEN, : len(tokens)] = tokens
         self._entries[BEFORE, : len(tokens)] = _bits([bias.get(token, 0.0) for token in tokens])
+        self._matcher = matcher
         self._seen = np.zeros(-(-vocab_size // 32), np.uint32)
         if adjustment.repetition_penalty != 1:
             bit, word = np.divmod(np.unique(np.frombuffer(command.prompt, "<i4")), len(self._seen))
@@ -60,6 +80,8 @@ class RowAdjust:
             self._seen[word] |= np.uint32(1 << bit)
         if self.adjustment.counts_output:
             self._count(token)
+        if self._matcher is not None:
+            self._matcher.take(token)
 
     def _count(self, token: int) -> None:
         count = self._counts[token] = self._counts.get(token, 0) + 1
@@ -81,6 +103,17 @@ class RowAdjust:
         if self.adjustment.repetition_penalty != 1:
             fields["repetition"][at] = _bits(self.adjustment.repetition_penalty)
             fields["seen"][at] = self._seen.view(np.int32)
+        allowed = None if self._matcher is None else self._matcher.allowed()
+        if allowed is not None:
+            fields["constrained"][at] = 1
+            fields["allowed"][at] = _striped(allowed, len(self._seen))
+
+
+def _striped(words: np.ndarray, num_words: int) -> np.ndarray:
+    """Token t from bit t % 32 of word t // 32 to bit t // words of word t % words, where its row unpacks fast."""
+    bits = np.unpackbits(words[:num_words].view(np.uint8), bitorder="little")
+    stripes = np.packbits(bits.reshape(4, 8, num_words), axis=1, bitorder="little")[:, 0]
+    return np.ascontiguousarray(stripes.T).view("<i4")[:, 0]
 
 
 def _bits(values) -> np.ndarray:

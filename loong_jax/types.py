@@ -100,13 +100,15 @@ class Adjustment(Record, frozen=True):
     """Changes of one request's logits before temperature and filters, in this order: `logit_bias` (token, addend) and
     the ban of its stop ids for the first `min_tokens` generated tokens; `repetition_penalty` on all tokens of prompt
     and output (positive logits are divided by it, negative ones multiplied); `frequency_penalty` per occurrence and
-    `presence_penalty` once, taken off what was generated."""
+    `presence_penalty` once, taken off what was generated; and only tokens by which the answer may still come to satisfy
+    `grammar` (`loong_jax/grammar.py`; empty: any)."""
 
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    grammar: str = ""
 
     @property
     def counts_output(self) -> bool:
@@ -115,7 +117,7 @@ class Adjustment(Record, frozen=True):
     @property
     def needs_history(self) -> bool:
         """Whether a step must know the token before the one it samples: such rows are never one step late."""
-        return self.repetition_penalty != 1 or self.counts_output
+        return self.repetition_penalty != 1 or self.counts_output or self.grammar != ""
 
 
 class Target(Record, frozen=True):
@@ -207,6 +209,13 @@ class Aborted(Event, frozen=True):
     request: int
 
 
+class RequestFailed(Event, frozen=True):
+    """What alters the logits of `request` gave up (a grammar that takes too much work); its steps go on unhindered."""
+
+    request: int
+    reason: str
+
+
 class Stopped(Event, frozen=True):
     """A stop string was found in the text: keep `num_generated` generated tokens, finish with reason stop."""
 
@@ -259,6 +268,7 @@ AnyEvent = (
     | StepDone
     | StepFailed
     | Aborted
+    | RequestFailed
     | Stopped
     | Forked
     | ProgramReady

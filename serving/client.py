@@ -52,6 +52,7 @@ def generate_request(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     request_id: str | None = None,
+    structured: pb.StructuredOutput | None = None,
 ) -> pb.GenerateRequest:
     """The request message; what is None is left to the server's default."""
     sampling = pb.SamplingParams(
@@ -79,6 +80,7 @@ def generate_request(
         ignore_eos=ignore_eos,
         n=n,
         prompt_logprobs=prompt_logprobs,
+        structured=structured,
     )
 
 

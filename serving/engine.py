@@ -19,6 +19,7 @@ from loong_jax.config import ClusterConfig, ConfigError, LimitsConfig, ModelConf
 from loong_jax.cost.fitted import FittedCost
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.eventlog import EventLogWriter, LogHeader
+from loong_jax.grammar import GrammarError, Grammars, is_available
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
 from loong_jax.types import AnyCommand, AnyEvent, Phase, Program, ProgramReady
@@ -26,6 +27,7 @@ from serving.loop import EngineLoop, ExecutorLike
 from serving.sampling_params import SamplingLimits
 from serving.state import EngineState
 from serving.step_times import StepTimes
+from serving.structured import load_grammars
 from serving.validation import ValidationLimits
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """All that the processes of one engine must agree on. `dtype` None: the checkpoint's. With several processes,
     `coordinator` is the address of jax.distributed, and instances are dealt to processes in order, evenly. `cost`: the
     coefficients of the cost model; empty: those of an engine that nobody has profiled. `refit`: correct them by what
-    steps take."""
+    steps take. `structured`: answers may follow a grammar."""
 
     cluster: ClusterConfig
     limits: LimitsConfig
@@ -52,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     coordinator: str | None = None
     cost: dict[str, float] = {}
     refit: bool = True
+    structured: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -77,6 +80,7 @@ class Loaded(NamedTuple):
     programs: Programs
     needed: list[tuple[Program, Instances]]  # readiness waits for these
     others: list[tuple[Program, Instances]]  # the rest of the ladder
+    grammars: Grammars | str  # or why there are none
 
 
 class LocalExecutor:
@@ -163,9 +167,10 @@ def kv_token_bytes(model: ModelConfig) -> int:
 
 
 def for_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """`config` with what the model says about the pool: KV that no layer's window shows again is dropped."""
+    """`config` with what the model says about the pool: KV that no layer's window shows again is dropped. And with
+    structured answers where this process, which leads, has the package."""
     cluster = msgspec.structs.replace(config.cluster, kv_window=model.kv_window)
-    return msgspec.structs.replace(config, cluster=cluster)
+    return msgspec.structs.replace(config, cluster=cluster, structured=is_available())
 
 
 def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationLimits:
@@ -251,7 +256,21 @@ def load(
     parts = fingerprint(sources, repr(model), repr(cluster), platform)
     programs = Programs(builder.build, devices.mesh, store if config.num_processes == 1 else None, post, parts)
     needed, others = wanted_programs(cluster, platform, full=config.full_warm_up)
-    return Loaded(Executor(builder, devices, weights, programs, post), programs, needed, others)
+    grammars = grammars_of(directory, config, model)
+    known = None if isinstance(grammars, str) else grammars
+    return Loaded(Executor(builder, devices, weights, programs, post, known), programs, needed, others, grammars)
+
+
+def grammars_of(directory: Path, config: EngineConfig, model: ModelConfig) -> Grammars | str:
+    """What answers may follow; or why nothing. Raises ConfigError where the leader has them and this process not."""
+    if not config.structured:
+        return "needs llguidance; pip install 'loong-jax[structured]'"
+    if not is_available():
+        raise ConfigError("structured: the leader has llguidance, this process has not")
+    try:
+        return load_grammars(directory, model.vocab_size, model.eos_ids)
+    except GrammarError as error:
+        return str(error)
 
 
 def owners_by_devices(cluster: ClusterConfig) -> tuple[int, ...]:

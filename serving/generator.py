@@ -16,12 +16,22 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from loong_jax.types import Adjustment
 from serving.deadlines import Deadlines
-from serving.errors import DuplicateRequest, InvalidField, NotServing, Refusal, TooLong, UnknownRequest
+from serving.errors import (
+    DuplicateRequest,
+    InvalidField,
+    NotServing,
+    QueueFull,
+    Refusal,
+    TooLong,
+    UnknownRequest,
+)
 from serving.loop import EngineLoop
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.sampling_params import MAX_SEED
 from serving.stream import RequestStream, StreamObserver, StreamStart
+from serving.structured import StructuredOutputs
 from serving.tokenizer import Tokenizer
 from serving.validation import (
     Ask,
@@ -35,6 +45,8 @@ from serving.validation import (
 
 A = TypeVar("A")
 B = TypeVar("B")
+_MAX_COMPILING = 64
+"""Requests that may wait for the form of their answers to compile."""
 
 
 class Admitted(NamedTuple):
@@ -69,6 +81,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.limits = limits
         self.observer: Observer | None = None
+        self.structured = StructuredOutputs("the engine is loading", limits.structured)
         self.refusing: str | None = "the server is warming up"
         """Why new requests are refused now, None when they are not."""
         self._loop = loop
@@ -78,6 +91,8 @@ class Generator:
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="loong-encode")
         # One renderer at a time; a template that takes long holds up no other text.
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loong-chat")
+        self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loong-grammar")
+        self._num_compiling = 0
 
     async def generate(
         self,
@@ -168,7 +183,23 @@ class Generator:
     async def _in_encoder(self, work: Callable[[A], B], given: A) -> B:
         return await asyncio.get_running_loop().run_in_executor(self._encoders, work, given)
 
+    async def _adjustment(self, ask: Ask) -> Adjustment | None:
+        """With the grammar of a structured answer. Raises InvalidField."""
+        if ask.form is None:
+            return ask.adjustment
+        self.structured.check_available(ask.form)
+        if self._num_compiling >= _MAX_COMPILING:
+            raise QueueFull(f"{_MAX_COMPILING} requests wait for the form of their answers to compile")
+        self._num_compiling += 1
+        try:
+            run = asyncio.get_running_loop().run_in_executor
+            grammar = await run(self._compiler, self.structured.grammar, ask.form)
+        finally:
+            self._num_compiling -= 1
+        return msgspec.structs.replace(ask.adjustment or Adjustment(), grammar=grammar)
+
     def close(self) -> None:
+        self.structured.close()
         if self.tokenizer is not None:
             self.tokenizer.close()
 
@@ -189,6 +220,7 @@ class Generator:
     ) -> None:
         token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self._encode(request)
         prompt, max_tokens = check_prompt(token_ids, request, ask, self.limits)
+        adjustment = await self._adjustment(ask)
         if left_s is not None and self._deadlines is not None:
             left_s -= (self._loop.now_us() - arrived_us) / 1e6
             self._deadlines.check(left_s, len(token_ids), least_new_tokens(ask, max_tokens))
@@ -200,7 +232,7 @@ class Generator:
             msgspec.structs.replace(ask.sampling, seed=first.seed),
             ask.stop_ids,
             first,
-            adjustment=ask.adjustment,
+            adjustment=adjustment,
             num_prompt_top=ask.num_prompt_top,
             choices=[(msgspec.structs.replace(ask.sampling, seed=stream.seed), stream) for stream in others],
         )

@@ -29,6 +29,7 @@ from serving.engine import Engine, EngineConfig, Loaded, LocalExecutor
 from serving.http.config import HttpConfig
 from serving.loop import ExecutorLike
 from serving.server import LoongServer, ServerConfig
+from serving.structured import StructuredLimits, StructuredOutputs
 from serving.tokenizer import Tokenizer
 from serving.worker import run_worker
 
@@ -218,6 +219,7 @@ class _Leader:
             cache_dir=config.cache_dir,
             progress=reporter.progress("loading"),
         )
+        self._server.generator.structured = StructuredOutputs(loaded.grammars, StructuredLimits())
         executor = self._executor(loaded, merger, control)
         engine.start(loaded, executor, self._asyncio_loop)
         engines.warm_up(loaded, post, reporter.progress("compiling"))

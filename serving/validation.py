@@ -14,6 +14,7 @@ from loong_jax.types import Adjustment, Sampling
 from serving.errors import InvalidField, TooLong
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.sampling_params import SamplingLimits, check_adjustment, check_lengths, check_sampling
+from serving.structured import Form, StructuredLimits, check_form
 
 
 class ValidationLimits(msgspec.Struct, frozen=True):
@@ -33,6 +34,7 @@ class ValidationLimits(msgspec.Struct, frozen=True):
     max_stop_ids: int = 64
     max_request_id_chars: int = 128
     max_choices: int = 64
+    structured: StructuredLimits = StructuredLimits()
 
     @property
     def vocab_size(self) -> int:
@@ -58,6 +60,7 @@ class Ask(msgspec.Struct, frozen=True):
     adjustment: Adjustment | None
     num_prompt_top: int | None
     min_tokens: int
+    form: Form | None = None
 
 
 def check_request(
@@ -81,6 +84,7 @@ def check_request(
         adjustment=check_adjustment(request.sampling, stop_ids, limits.sampling),
         num_prompt_top=_check_prompt_logprobs(request, limits),
         min_tokens=request.sampling.min_tokens,
+        form=check_form(request, limits.structured),
     )
 
 

@@ -149,7 +149,8 @@ def decode_layout(shape: StepShape) -> Layout:
 def adjust_layout(shape: StepShape, num_rows: int) -> Layout:
     """Changes of the logits of an instance's rows, zero for none: an array of its own, as it is large and mostly blank.
     `num_entries` of `entries` count: token, bits of an addend before the repetition penalty, and after it; `seen`: the
-    tokens of prompt and output, token t at bit t // words of word t % words; `repetition`: the penalty's bits, or 0.
+    tokens of prompt and output, token t at bit t // words of word t % words; `repetition`: the penalty's bits, or 0;
+    `allowed`: the only tokens that may be sampled, as bits like `seen`, where the row is `constrained` (1, or 0).
     The long axis is the last one, for TPU pads it to 128."""
     words = -(-shape.vocab_size // 32)
     return Layout(
@@ -158,6 +159,8 @@ def adjust_layout(shape: StepShape, num_rows: int) -> Layout:
             ("repetition", (num_rows,)),
             ("entries", (num_rows, 3, shape.num_adjust)),
             ("seen", (num_rows, words)),
+            ("constrained", (num_rows,)),
+            ("allowed", (num_rows, words)),
         )
     )
 

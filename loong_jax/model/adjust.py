@@ -1,8 +1,9 @@
-"""Adjusted logits: biases, bans and penalties, as data of a step (DESIGN 5).
+"""Adjusted logits: biases, bans, penalties and grammars, as data of a step (DESIGN 5).
 
 What it is: one function on rows of logits, and the fields of `adjust_layout`. Order as in vLLM: addends first (logit
 bias, bans), then the repetition penalty on every token seen (positive logits are divided, others multiplied), then what
-the frequency and presence penalties take off. A batch that adjusts nothing pays a comparison.
+the frequency and presence penalties take off; last, what a grammar does not allow goes out of reach of all of them. A
+batch that adjusts nothing pays a comparison.
 What it is not: who counts tokens (`loong_jax/row_adjust.py`), or sampling (`sampling.py`).
 """
 
@@ -10,14 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
+from loong_jax.row_adjust import BAN
+
 TILE = 256
 """Entries that one round of the loops takes."""
 
 
 def adjust(logits: Float32[Array, "row vocab"], fields: dict[str, Array]) -> Float32[Array, "row vocab"]:
-    """`fields`: `num_entries`, `repetition` `[row]`, `entries` `[row, 3, entry]`, `seen` `[row, word]`, all int32."""
+    """`fields`: `num_entries`, `repetition`, `constrained` `[row]`, `entries` `[row, 3, entry]`, `seen`, `allowed`
+    `[row, word]`, all int32."""
     return lax.cond(
-        jnp.any((fields["num_entries"] > 0) | (fields["repetition"] != 0)),
+        jnp.any((fields["num_entries"] > 0) | (fields["repetition"] != 0) | (fields["constrained"] != 0)),
         lambda: _adjust(logits, fields),
         lambda: logits,
     )
@@ -28,13 +32,19 @@ def _adjust(logits, fields):
     penalty = jnp.where(_unpack(fields["seen"], logits.shape[1]) & (penalty != 0)[:, None], penalty[:, None], 1.0)
     logits = _add(logits, fields, line=1)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    return _add(logits, fields, line=2)
+    logits = _add(logits, fields, line=2)
+    constrained = fields["constrained"] != 0
+    return lax.cond(jnp.any(constrained), lambda: _constrain(logits, constrained, fields["allowed"]), lambda: logits)
 
 
-def _unpack(seen: Int32[Array, "row word"], vocab_size: int) -> Array:
+def _constrain(logits, constrained, allowed):
+    return jnp.where(constrained[:, None] & ~_unpack(allowed, logits.shape[1]), BAN, logits)
+
+
+def _unpack(words: Int32[Array, "row word"], vocab_size: int) -> Array:
     """For each token t: bit t // words of word t % words."""
-    bits = (seen[:, None, :] >> jnp.arange(32, dtype=jnp.int32)[:, None]) & 1
-    return bits.reshape(seen.shape[0], -1)[:, :vocab_size] != 0
+    bits = (words[:, None, :] >> jnp.arange(32, dtype=jnp.int32)[:, None]) & 1
+    return bits.reshape(words.shape[0], -1)[:, :vocab_size] != 0
 
 
 def _add(logits: Float32[Array, "row vocab"], fields: dict[str, Array], line: int) -> Float32[Array, "row vocab"]:

@@ -35,7 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -50,17 +49,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
     "priority": (0,),
     "prompt_logprobs": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -70,6 +64,8 @@ _SHAPES = {
     "prompt": "is no text, list of texts, list of token ids or list of lists of token ids",
     "stop": "is no text or list of texts",
     "content": "is no text or list of text parts",
+    "guided_json": "is no JSON object or text of one",
+    "json": "is no JSON object or text of one",
 }
 """Of fields with several types: what to say, in place of what each of them says."""
 
@@ -96,11 +92,43 @@ class StreamOptions(_Model):
     continuous_usage_stats: bool | None = None
 
 
+JsonSchema = dict[str, Any]
+
+
+class NamedSchema(_Model):
+    """`strict` makes no difference: answers follow the schema always."""
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: JsonSchema | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Model):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Small[NamedSchema] | None = None
+
+
+class StructuredBody(_Model):
+    """vLLM's `structured_outputs`."""
+
+    json_: str | JsonSchema | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+
+
 class GenerationBody(_Model):
     """What both kinds of request have. None: not given."""
 
     model: str | None = None
     frequency_penalty: float | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    guided_json: str | JsonSchema | None = None
+    guided_regex: str | None = None
     ignore_eos: bool | None = None
     logit_bias: Annotated[dict[str, float] | None, _bounded(_MAX_BIASES)] = None
     max_tokens: Int64 | None = None
@@ -112,6 +140,7 @@ class GenerationBody(_Model):
     prompt_cache_key: str | None = None  # not used
     repetition_penalty: float | None = None
     request_id: str | None = None
+    response_format: Small[ResponseFormat] | None = None
     return_tokens_as_token_ids: bool | None = None
     safety_identifier: str | None = None  # not used
     seed: Int64 | None = None
@@ -119,6 +148,7 @@ class GenerationBody(_Model):
     stop_token_ids: TokenIds | None = None
     stream: bool | None = None
     stream_options: Small[StreamOptions] | None = None
+    structured_outputs: Small[StructuredBody] | None = None
     temperature: float | None = None
     top_k: Int64 | None = None
     top_p: float | None = None

@@ -11,6 +11,7 @@ import math
 from serving.client import generate_request
 from serving.errors import InvalidField
 from serving.http.schema import MAX_PROMPTS, ChatBody, CompletionBody, GenerationBody, MessageBody
+from serving.http.structured import structured
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.sampling_params import MAX_SEED
 
@@ -107,6 +108,7 @@ def _request(body: GenerationBody, prompt: str | list[int] | pb.Messages, reques
         stop_token_ids=body.stop_token_ids or (),
         ignore_eos=bool(body.ignore_eos),
         request_id=request_id,
+        structured=structured(body),
     )
 
 

@@ -43,6 +43,7 @@ from loong_jax.types import (
     Rehome,
     Reject,
     RejectReason,
+    RequestFailed,
     RequestView,
     Reservation,
     Reset,
@@ -108,6 +109,14 @@ def test_text_stop_and_abort(bench: Bench) -> None:
     assert bench.handle(Aborted(2)) == [Finish(2, FinishReason.ABORT, 1), Free(2, (0,))]
     assert bench.handle(Aborted(2)) == []
     assert bench.handle(Stopped(1, 1)) == []
+
+
+def test_a_request_whose_grammar_gives_up_fails_alone(bench: Bench) -> None:
+    bench.running(1, 4)
+    bench.running(2, 4)
+    assert bench.handle(RequestFailed(1, "why")) == [Finish(1, FinishReason.ERROR, 1, "why"), Free(1, (0,))]
+    assert bench.handle(RequestFailed(1, "why")) == []
+    assert bench.handle(Aborted(2)) == [Finish(2, FinishReason.ABORT, 1), Free(2, (0,))]
 
 
 def test_abort_while_waiting(bench: Bench) -> None:

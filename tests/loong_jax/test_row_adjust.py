@@ -35,6 +35,33 @@ def test_what_needs_no_history_is_told_nothing():
     assert late.num_entries == 1
 
 
+class _GaveUp:
+    """A matcher that allows even tokens, until it is told one that is odd."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
+
+    def allowed(self) -> np.ndarray | None:
+        return None if any(token % 2 for token in self.taken) else np.full(5, 0x55555555, np.uint32)
+
+
+def test_a_grammar_is_told_the_answer_and_not_the_prompt_and_each_token_once():
+    matcher = _GaveUp()
+    row = RowAdjust(Adjust(0, Adjustment(grammar="even"), b"", 3, ()), 100, matcher)
+    for position, token in ((2, 7), (3, 4), (3, 4), (4, 8)):
+        row.observe(position, token)
+    assert matcher.taken == [4, 8]
+    fields = written(row, 5)
+    assert fields["constrained"] == 1
+    bits = np.unpackbits(fields["allowed"].copy().view(np.uint8), bitorder="little").reshape(-1, 32).T.reshape(-1)
+    assert np.flatnonzero(bits[:100]).tolist() == list(range(0, 100, 2))
+    row.observe(5, 9)
+    assert written(row, 6)["constrained"] == 0, "where the matcher gave up, any token may come"
+
+
 def test_bans_end_with_min_tokens():
     row = mirror(Adjustment(logit_bias=((7, 2.0), (8, -1.0)), min_tokens=2), stop_ids=(9, 8))
     for position, banned in ((3, True), (4, True), (5, False)):

@@ -48,8 +48,10 @@ from loong_jax.types import (
     Top,
     Truncate,
 )
+from tests.support.mock_matcher import MockMatcher, allowed
 
 VOCAB = 97
+_WORDS = -(-VOCAB // 32)
 
 
 class MockError(AssertionError):
@@ -109,12 +111,18 @@ def adjusted(
         }
     entries = [(token, before.get(token, 0.0), after.get(token, 0.0)) for token in sorted(before.keys() | after.keys())]
     seen = sorted({*prompt, *generated}) if adjustment.repetition_penalty != 1 else []
-    return _encode(entries, seen, adjustment.repetition_penalty if seen else 0.0)
+    only = None
+    if adjustment.grammar:
+        only = np.flatnonzero(allowed(adjustment.grammar, generated, VOCAB)).tolist()
+    return _encode(entries, seen, adjustment.repetition_penalty if seen else 0.0, only)
 
 
-def _encode(entries: list[tuple[int, float, float]], seen: list[int], repetition: float) -> bytes:
+def _encode(
+    entries: list[tuple[int, float, float]], seen: list[int], repetition: float, only: list[int] | None
+) -> bytes:
+    """`only`: the tokens that a grammar allows."""
     bits = [(token, np.float32(before).item(), np.float32(after).item()) for token, before, after in entries]
-    return repr((bits, seen, np.float32(repetition).item())).encode()
+    return repr((bits, seen, np.float32(repetition).item(), only)).encode()
 
 
 def _row_data(adjust: RowAdjust, position: int) -> bytes:
@@ -123,7 +131,9 @@ def _row_data(adjust: RowAdjust, position: int) -> bytes:
         "num_entries": np.zeros(1, np.int32),
         "repetition": np.zeros(1, np.int32),
         "entries": np.zeros((1, 3, VOCAB), np.int32),
-        "seen": np.zeros((1, -(-VOCAB // 32)), np.int32),
+        "seen": np.zeros((1, _WORDS), np.int32),
+        "constrained": np.zeros(1, np.int32),
+        "allowed": np.zeros((1, _WORDS), np.int32),
     }
     adjust.write(fields, (0,), position)
     floats = fields["entries"][0].view(np.float32)
@@ -131,10 +141,15 @@ def _row_data(adjust: RowAdjust, position: int) -> bytes:
         (int(fields["entries"][0, TOKEN, i]), float(floats[BEFORE, i]), float(floats[AFTER, i]))
         for i in range(fields["num_entries"][0])
     ]
-    words = fields["seen"].shape[1]
-    bits = np.unpackbits(fields["seen"].view(np.uint8), bitorder="little").reshape(words, 32).T.reshape(-1)
     repetition = float(fields["repetition"].view(np.float32)[0])
-    return _encode(sorted(entries), np.flatnonzero(bits).tolist(), repetition)
+    only = _tokens(fields["allowed"]) if fields["constrained"][0] else None
+    return _encode(sorted(entries), _tokens(fields["seen"]), repetition, only)
+
+
+def _tokens(words: np.ndarray) -> list[int]:
+    """Whose bits are set: token t at bit t // words of word t % words."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little").reshape(_WORDS, 32).T.reshape(-1)
+    return np.flatnonzero(bits).tolist()
 
 
 def oracle(
@@ -250,7 +265,9 @@ class MockExecutor:
                 self._owners[instance, page].add(command.child)
         elif isinstance(command, Adjust):
             require(command.request not in self._adjusts, "adjusted twice", command)
-            self._adjusts[command.request] = RowAdjust(command, VOCAB)
+            grammar = command.adjustment.grammar
+            matcher = MockMatcher(grammar, VOCAB) if grammar else None
+            self._adjusts[command.request] = RowAdjust(command, VOCAB, matcher)
         elif isinstance(command, Forget):
             del self._adjusts[command.request]
         elif isinstance(command, Reset):

@@ -8,7 +8,7 @@ What it is not: the live loop (`serving/loop.py`).
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from loong_jax.config import ClusterConfig, LadderConfig, ModelConfig
 from loong_jax.esp.groups import Devices
 from loong_jax.esp.steps import StepBuilder
 from loong_jax.executor import Executor
+from loong_jax.grammar import Grammars
 from loong_jax.model.checkpoint import load_checkpoint
 from loong_jax.model.hf_config import read_config
 from loong_jax.model.oracle import Oracle
@@ -43,6 +44,7 @@ from loong_jax.types import (
     Top,
 )
 from tests.support import sampling_reference as reference
+from tests.support.mock_matcher import MockGrammars
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "models"
@@ -102,7 +104,8 @@ class DataPlane:
         self.programs.close()
 
     def executor(self, post: Callable[[AnyEvent], None]) -> Executor:
-        return Executor(self.builder, self.devices, self.weights, self.programs, post)
+        grammars = cast(Grammars, MockGrammars(self.model.vocab_size))
+        return Executor(self.builder, self.devices, self.weights, self.programs, post, grammars)
 
 
 class LossyExecutor:

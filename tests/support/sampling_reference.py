@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from loong_jax.types import Adjustment, Sampling
+from tests.support.mock_matcher import allowed
 
 
 def adjusted(
@@ -30,6 +31,8 @@ def adjusted(
         out[token] = out[token] / penalty if out[token] > 0 else out[token] * penalty
     for token, count in Counter(generated).items():
         out[token] -= adjustment.frequency_penalty * count + adjustment.presence_penalty
+    if adjustment.grammar:
+        out[~allowed(adjustment.grammar, generated, len(out))] = -np.inf
     return out
 
 

@@ -13,6 +13,8 @@ from array import array
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from loong_jax import codec
 from loong_jax.config import ClusterConfig
 from loong_jax.manager import Manager
@@ -250,7 +252,7 @@ class Schedule:
         return Sampling(temperature=0.8, top_k=20, top_p=0.95, seed=seed, min_p=min_p, num_top=num_top)
 
     def _adjustment(self) -> Adjustment | None:
-        """Half of them with penalties, whose rows are never one step late."""
+        """Half of them with penalties or a grammar, whose rows are never one step late."""
         rng, vocab = self.rng, self.config.vocab
         if rng.random() >= self.config.p_adjust:
             return None
@@ -258,6 +260,8 @@ class Schedule:
         adjustment = Adjustment(tuple(sorted(bias.items())), rng.choice((0, 0, 3, 50)))
         if rng.random() < 0.5:
             return adjustment
+        if rng.random() < 0.4:
+            return msgspec.structs.replace(adjustment, min_tokens=0, grammar=rng.choice("abc"))
         penalties = (rng.choice((1.0, 1.2, 0.8)), rng.choice((0.0, 0.4, -0.5)), rng.choice((0.0, 0.3, -0.6)))
         return Adjustment(adjustment.logit_bias, adjustment.min_tokens, *penalties)
 

@@ -12,6 +12,7 @@ from loong_jax.model.adjust import TILE, adjust
 from loong_jax.row_adjust import RowAdjust
 from loong_jax.types import Adjust, Adjustment, Phase, Program
 from tests.support import sampling_reference as reference
+from tests.support.mock_matcher import MockMatcher
 
 VOCAB, NUM_ROWS = 700, 4  # entries in three tiles, the last one partial; a last word of few bits
 SHAPE = step_shape(Program(Phase.DECODE, 1, NUM_ROWS), ClusterConfig(8), "cpu", VOCAB)
@@ -33,13 +34,15 @@ adjustments = st.builds(
     repetition_penalty=st.sampled_from((1.0, 1.0, 0.5, 1.3, 10.0)),
     frequency_penalty=st.sampled_from((0.0, 0.0, -2.0, 0.1, 2.0)),
     presence_penalty=st.sampled_from((0.0, 0.0, -2.0, 0.5, 2.0)),
+    grammar=st.sampled_from(("", "", "a", "b")),
 )
 rows = st.tuples(adjustments, texts.filter(bool), texts, st.lists(tokens, max_size=5, unique=True).map(tuple))
 
 
 def mirror_of(adjustment, prompt, generated, stop_ids) -> RowAdjust:
     ids = np.array(prompt, "<i4").tobytes()
-    mirror = RowAdjust(Adjust(0, adjustment, ids, len(prompt), stop_ids), VOCAB)
+    matcher = MockMatcher(adjustment.grammar, VOCAB) if adjustment.grammar else None
+    mirror = RowAdjust(Adjust(0, adjustment, ids, len(prompt), stop_ids), VOCAB, matcher)
     for position, token in enumerate([*prompt, *generated][len(prompt) - 1 :], len(prompt) - 1):
         mirror.observe(position, token)
         mirror.observe(position, token)  # a step that failed is issued again

@@ -46,9 +46,9 @@ def test_four_kinds_of_prompts(prompt):
         ({"best_of": True}, "best_of"),
         ({"suffix": "b"}, "suffix"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_json": {}}, "guided_json"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
+        ({"guided_json": 1}, "guided_json"),
+        ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
     ],
 )
