@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO_ROOT = ROOT / "serving" / "proto"
-PROTOS = ("loong/v1/loong.proto", "loong/control/v1/control.proto")
+PROTOS = ("loong/v1/loong.proto", "loong/control/v1/control.proto", "jetstream/jetstream.proto")
 
 
 def generate(out: Path) -> list[Path]:

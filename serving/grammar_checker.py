@@ -59,7 +59,8 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, first["cpu_s"])  # its signal ends the process
         answered = answer(tokenizer, json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(answered), flush=True)
+        sys.stdout.write(json.dumps(answered) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The gRPC server: `loong.v1.Loong`, `grpc.health.v1`, reflection, on grpc.aio.
+"""The gRPC server: `loong.v1.Loong`, JetStream's `Orchestrator`, `grpc.health.v1`, reflection, on grpc.aio.
 
 A servicer method hands over and streams. What it is not: the generation behind it (`serving/generator.py`),
 the engine (`serving/loop.py`), or the table of status codes (`serving/errors.py`).
@@ -15,6 +15,7 @@ import msgspec
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serving import jetstream
 from serving.about import Served, loads, models
 from serving.access import Access, TlsFiles
 from serving.deadlines import Deadlines
@@ -24,7 +25,9 @@ from serving.gather import Gathered
 from serving.generator import Admitted, Generator
 from serving.grpc_access import KeyInterceptor, server_credentials
 from serving.health import Readiness, Reason, Watchdog
+from serving.jetstream import OrchestratorServicer
 from serving.loop import EngineLoop
+from serving.proto.jetstream import jetstream_pb2_grpc
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.proto.loong.v1 import loong_pb2_grpc
 from serving.tokenizer import Tokenizer
@@ -185,7 +188,7 @@ class LoongServer:
         self._drains = False
         self._trace = trace or DeviceTrace(None)
         self.generator = Generator(loop, tokenizer, limits, deadlines)
-        self._readiness = Readiness((SERVICE,), self._refuse)
+        self._readiness = Readiness((SERVICE, jetstream.SERVICE), self._refuse)
         self._watchdog = Watchdog(
             loop.progress,
             lambda message: self._readiness.holds(Reason.STALLED, message),
@@ -207,8 +210,9 @@ class LoongServer:
             loop, self.generator, served, self._trace, self._drain_requests, config.max_message_bytes
         )
         loong_pb2_grpc.add_LoongServicer_to_server(servicer, self._server)
+        jetstream_pb2_grpc.add_OrchestratorServicer_to_server(OrchestratorServicer(self.generator), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._readiness.servicer, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, jetstream.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> int:

@@ -23,6 +23,8 @@ UNTESTED: set[str] = set()
 # Modules, or folders of them, that import an extra when they are used, and what uses them says so where it is not
 # installed.
 EXTRAS = {
+    "loong_jax/grammar.py": {"llguidance"},
+    "serving/grammar_checker.py": {"llguidance"},
     "loong_jax/sim/picture.py": {"matplotlib"},
     "serving/bench/": {"httpx", "matplotlib"},
     "serving/http/": {"prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},

@@ -86,16 +86,14 @@ def _find(target: str) -> tuple[object, str]:
 MUTANTS = (
     # the ledger
     Mutant("leak a page", "ledger:Ledger._release", "if left == 0:", "if left == 0 and page != 3:"),
-    Mutant(
-        "free a page twice", "ledger:Ledger._release", "free.append(page)", "free += [page, page]"
-    ),
+    Mutant("free a page twice", "ledger:Ledger._release", "free.append(page)", "free += [page, page]"),
     Mutant("count moved tokens at home too", "ledger:Ledger.move", "self._count(request, src, -num_tokens)", "pass"),
     Mutant("write behind a gap", "ledger:Ledger.extend", "last.end == position\n", "True\n"),
-    Mutant(
-        "overfill a page", "ledger:Ledger.extend", "count < self.page_tokens", "count <= self.page_tokens"
-    ),
+    Mutant("overfill a page", "ledger:Ledger.extend", "count < self.page_tokens", "count <= self.page_tokens"),
     Mutant("keep KV of what is freed", "ledger:Ledger.free", "self._tokens.pop(request, None)", "pass"),
-    Mutant("put new pages before old ones", "runs:RunTable.add", "extents.insert(at, Extent", "extents.insert(0, Extent"),
+    Mutant(
+        "put new pages before old ones", "runs:RunTable.add", "extents.insert(at, Extent", "extents.insert(0, Extent"
+    ),
     # requests
     Mutant(
         "drop a request on loss",
