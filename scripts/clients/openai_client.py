@@ -3,6 +3,7 @@ completions, errors, tokens and log-probabilities. Run by scripts/try_clients.py
 """
 
 import asyncio
+import json
 import sys
 import traceback
 
@@ -106,6 +107,24 @@ class Cases:
         next(iter(stream))
         stream.close()
         assert self.complete(max_tokens=1).choices
+
+    def case_structured_answers_parse(self):
+        schema = {
+            "type": "object",
+            "properties": {"key": {"type": "integer", "maximum": 99999}, "kind": {"enum": ["pass", "other"]}},
+            "required": ["key", "kind"],
+            "additionalProperties": False,
+        }
+        form = {"type": "json_schema", "json_schema": {"name": "found", "schema": schema, "strict": True}}
+        for temperature in (0.0, 1.0):
+            answer = self.chat(self.client, response_format=form, max_completion_tokens=100, temperature=temperature)
+            found = json.loads(answer.choices[0].message.content)
+            assert set(found) == {"key", "kind"}, found
+            assert answer.choices[0].finish_reason == "stop"
+        extras = {"structured_outputs": {"regex": " [0-9]{5}"}}
+        assert self.complete(max_tokens=20, extra_body=extras).choices[0].text == " 48213"
+        extras = {"structured_outputs": {"choice": ["yes", "no"]}}
+        assert self.complete(max_tokens=20, extra_body=extras).choices[0].text in ("yes", "no")
 
     def case_errors_have_their_classes(self):
         for kind, options in (
