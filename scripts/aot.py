@@ -90,7 +90,7 @@ def compile_all(options: argparse.Namespace) -> Result:
             continue
         program = plan.program_of(phase, cluster, sizes)
         step = compiled.measured(model, cluster, program, machine.devices, machine.platform)
-        steps.append(report.report_of(program, cluster.tp, step))
+        steps.append(report.report_of(program, cluster.tp, machine.devices[0], step))
         if not options.json:
             print("\n".join(report.lines(steps[-1])), flush=True)
     return Result(

@@ -11,7 +11,9 @@ import msgspec
 from loong_jax.aot.collectives import Collective, collectives_of
 from loong_jax.aot.compiled import Memory, Step, kernels_of
 from loong_jax.aot.work import hbm_read_bytes, matmul_flops, vmem_bytes
+from loong_jax.retarget import Device
 from loong_jax.types import Program
+from pallas_kernels.chips import chip_of
 
 GIB, MIB = 2**30, 2**20
 
@@ -30,7 +32,8 @@ class Sum(msgspec.Struct, frozen=True):
 
 
 class StepReport(msgspec.Struct, frozen=True):
-    """One program on one device set. `hbm_read_bytes`, `matmul_flops`: of one device, without kernels (`work.py`)."""
+    """One program on one device set. `vmem_limit_bytes`: what the chip has (0: no TPU). `hbm_read_bytes`,
+    `matmul_flops`: of one device, without kernels (`work.py`)."""
 
     phase: str
     dop: int
@@ -48,8 +51,8 @@ class StepReport(msgspec.Struct, frozen=True):
     matmul_flops: int
 
 
-def report_of(program: Program, tp: int, step: Step) -> StepReport:
-    used, limit = vmem_bytes(step.module)
+def report_of(program: Program, tp: int, device: Device, step: Step) -> StepReport:
+    """`device`: one of those it was compiled for."""
     return StepReport(
         phase=program.phase.value,
         dop=program.dop,
@@ -61,8 +64,8 @@ def report_of(program: Program, tp: int, step: Step) -> StepReport:
         memory=step.memory,
         collectives=sums(collectives_of(step.module, tp)),
         kernels=kernels_of(step.compiled),
-        vmem_bytes=used,
-        vmem_limit_bytes=limit,
+        vmem_bytes=vmem_bytes(step.module),
+        vmem_limit_bytes=chip_of(device.device_kind).vmem_bytes if device.platform == "tpu" else 0,
         hbm_read_bytes=hbm_read_bytes(step.module),
         matmul_flops=matmul_flops(step.module),
     )
@@ -94,8 +97,8 @@ def lines(report: StepReport) -> list[str]:
         f"compiled in {report.lower_s + report.compile_s:.1f} s of CPU ({report.wall_s:.1f} s)",
         f"  HBM of a device  {memory.total_bytes / GIB:8.2f} GiB = "
         + " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB // 200),
-        f"  VMEM             {report.vmem_bytes / MIB:8.2f} MiB of {report.vmem_limit_bytes / MIB:.0f} that the "
-        f"operation nearest its limit may take; kernels: {', '.join(report.kernels) or 'none'}",
+        f"  VMEM             {report.vmem_bytes / MIB:8.2f} MiB in a kernel, of {report.vmem_limit_bytes / MIB:.0f}; "
+        f"kernels: {', '.join(report.kernels) or 'none'}",
         f"  without kernels  {report.hbm_read_bytes / GIB:8.2f} GiB read, "
         f"{report.matmul_flops / 1e12:.3f} TFLOP of matrix products",
     ]

@@ -51,18 +51,11 @@ def kernel_operands(module: Module) -> dict[str, list[int]]:
     return out
 
 
-def vmem_bytes(module: Module) -> tuple[int, int]:
-    """(most that an operation uses of VMEM, the limit it was compiled for), of the operation nearest its limit. An
-    operation that needs more than its limit does not compile."""
+def vmem_bytes(module: Module) -> int:
+    """Most that a kernel uses of VMEM, by the compiler; 0 without kernels."""
     used = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
-    limit = re.compile(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
-    found = [
-        (int(u[1]), int(most[1]))
-        for operations in module.computations.values()
-        for op in operations
-        if (u := used.search(op.rest)) and (most := limit.search(op.rest))
-    ]
-    return max(found, key=lambda pair: pair[0] / pair[1], default=(0, 0))
+    kernels = [op for operations in module.computations.values() for op in operations if op.is_kernel]
+    return max((int(found[1]) for op in kernels if (found := used.search(op.rest))), default=0)
 
 
 def _total(module: Module, of: Callable[[dict[str, Operation], Operation], int]) -> int:

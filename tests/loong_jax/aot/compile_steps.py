@@ -40,17 +40,11 @@ MODEL = ModelConfig(
 WIDE = msgspec.structs.replace(
     MODEL, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128
 )
-# With tp 1 256 MiB of pool on each device, and with head_dim 64 as with 128, for lanes are filled up. Steps of few
-# tokens compile in a third of the time, as kernels take small blocks; `tests/pallas_kernels` compiles full ones.
+# With tp 1 256 MiB of pool on each device, and with head_dim 64 as with 128, for lanes are filled up.
 CLUSTER = ClusterConfig(
-    num_instances=8,
-    pages_per_instance=4096,
-    ring_tokens=128,
-    slots=64,
-    adjust_tokens=64,
-    ladder=LadderConfig(prefill_tokens=(128,), decode_rows=(8,), score_tokens=(128,)),
+    num_instances=8, pages_per_instance=4096, slots=64, ladder=LadderConfig(prefill_tokens=(512,), decode_rows=(8,))
 )
-BUCKET = {Phase.PREFILL: 128, Phase.DECODE: 8, Phase.SCORE: 128}
+BUCKET = {Phase.PREFILL: 512, Phase.DECODE: 8, Phase.SCORE: 512}
 
 
 class Report(msgspec.Struct):
@@ -78,7 +72,7 @@ def report(case: str) -> Report:
         for found in collectives_of(step.module, cluster.tp)
         if found.kind == "collective-permute"
     ]
-    return Report(case, report_of(program, cluster.tp, step), permutes)
+    return Report(case, report_of(program, cluster.tp, machine.devices[0], step), permutes)
 
 
 machines = functools.cache(target)

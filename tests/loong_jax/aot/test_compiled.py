@@ -25,13 +25,13 @@ from tests.loong_jax.aot.compile_steps import BUCKET, CLUSTER, MODEL, WIDE, Repo
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[3]
 
-ONE_EACH = ("v6e:2x4,prefill,4,2,64", "v5p:2x2x2,decode,4,2,128", "tpu7x:2x2x1,prefill,4,2,64")
+ONE_EACH = ("v6e:2x4,decode,4,2,64", "v5p:2x2x2,decode,4,2,128", "tpu7x:2x2x1,decode,8,1,64")
+# A prefill step takes four times as long to compile as one of decode: the suite has those whose rings it looks at.
 SUITE = (
-    *("v5e:2x4,decode,1,1,128", "v5e:2x4,decode,2,1,64", "v5e:2x4,prefill,3,1,64", "v5e:2x4,decode,4,1,128"),
-    *("v5e:2x4,prefill,8,1,128", "v5e:2x4,decode,8,1,64"),
-    *("v5e:2x4,decode,2,2,64", "v5e:2x4,prefill,4,2,128", "v5e:2x4,decode,1,4,128", "v5e:2x4,prefill,2,4,64"),
+    *("v5e:2x4,decode,1,1,128", "v5e:2x4,decode,2,1,64", "v5e:2x4,decode,3,1,64", "v5e:2x4,decode,4,1,128"),
+    *("v5e:2x4,prefill,8,1,128", "v5e:8x8,prefill,16,4,64"),
+    *("v5e:2x4,decode,2,2,64", "v5e:2x4,prefill,4,2,128", "v5e:2x4,decode,1,4,128", "v5e:2x4,decode,2,4,64"),
     *ONE_EACH,
-    *("v5e:8x8,prefill,16,4,64", "v5e:2x4,migrate,2,1,64"),
 )
 WIDE_CASES = ("v5e:2x4,decode,4,2,wide", "v5e:2x4,prefill,4,2,wide")
 PAIRS = [*((dop, 1) for dop in (1, 2, 3, 4, 8)), (2, 2), (4, 2), (1, 4), (2, 4)]
@@ -39,8 +39,8 @@ CROSS = [
     f"v5e:2x4,{phase},{dop},{tp},{dim}"
     for phase, (dop, tp), dim in itertools.product(("prefill", "decode", "score"), PAIRS, (64, 128))
 ]
-CROSS += ["v5e:2x4,prefill,3,1,128,reference", "v6e:8x8,prefill,8,8,128", "v5p:4x4x4,prefill,16,4,128"]
-CROSS += [case.replace("prefill", "?").replace("decode", "prefill").replace("?", "decode") for case in ONE_EACH]
+CROSS += ["v5e:2x4,prefill,3,1,128,reference", "v6e:8x8,prefill,16,4,128", "v5p:4x4x4,prefill,16,4,128"]
+CROSS += [case.replace("decode", "prefill") for case in ONE_EACH] + ["v5e:2x4,migrate,2,1,64", "v5e:2x4,copy,1,1,64"]
 LARGE_SLICES = ("v5e:4x8,prefill,32,1,64", "v5e:16x16,prefill,64,4,64", "v5e:8x8,prefill,32,2,64")
 
 
@@ -67,7 +67,7 @@ def reports(cases: tuple[str, ...]) -> dict[str, Report]:
 def check(report: Report) -> None:
     step = report.step
     check_memory(report)
-    if step.phase != "migrate" and "reference" not in report.case:
+    if step.phase not in ("migrate", "copy") and "reference" not in report.case:
         check_kernels(report)
     if step.phase in ("prefill", "score"):
         check_ring(report)
@@ -88,7 +88,7 @@ def check_kernels(report: Report) -> None:
     step = report.step
     wanted = {"decode": ["paged_partial"]}.get(step.phase, ["flash_partial", "paged_partial"])
     assert step.kernels == wanted, report
-    assert 0 < step.vmem_bytes <= step.vmem_limit_bytes <= 128 * MIB, report
+    assert 0 < step.vmem_bytes <= step.vmem_limit_bytes * 3 / 4, report
 
 
 def check_ring(report: Report) -> None:

@@ -25,6 +25,6 @@ def test_lines_name_all_kinds_of_memory():
     text = "\n".join(lines(report))
     assert "prefill: DoP 4 x tp 2, bucket 2048; compiled in 3.0 s of CPU" in text
     assert "5.75 GiB = weights 4.00 + pool 1.00 + other arguments 0.50 + temp 0.25" in text
-    assert "4.00 MiB of 16" in text
+    assert "4.00 MiB in a kernel, of 16" in text
     assert "collective-permute over sp: overlapped, 1 in the program, 96 x in a step, 0.09 MiB" in text
     assert "async, 1 in the program, 96 x in a step, for each context tile" in text

@@ -78,4 +78,4 @@ ENTRY %main (a: bf16[32,1,4096]) -> f32[32,24,128] {
 def test_kernels_and_vmem():
     module = Module(TEXT)
     assert kernel_operands(module) == {"k": [128]}
-    assert vmem_bytes(module) == (400, 1000)
+    assert vmem_bytes(module) == 400
