@@ -7,6 +7,7 @@ What it is not: decisions (`policy/`), reactions to events (`manager.py`), or th
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from typing import NamedTuple
 
 from loong_jax.config import ClusterConfig, LimitsConfig
@@ -16,6 +17,9 @@ from loong_jax.types import InstanceView, Program, Reservation, Run
 
 MAX_QUEUED_STEPS = 2
 """INV-6: one running and one queued step per instance."""
+
+RECENT = 64
+"""Prompts that tell how long the next ones will be."""
 
 PRIOR_OUTPUT = 256
 """Generated tokens of a request, before any has ended."""
@@ -63,6 +67,7 @@ class CoreState:
         self.num_finished = 0
         self.num_ended = 0  # by themselves
         self.num_output = 0  # tokens of those
+        self.recent: deque[int] = deque(maxlen=RECENT)  # lengths of prompts that came
         self.now_us = 0
         self.changes = 0
         self._waiting: tuple[RequestState, ...] | None = None
@@ -80,7 +85,7 @@ class CoreState:
 
     def instance_views(self) -> tuple[InstanceView, ...]:
         ledger, blocked = self.ledger, self.blocked
-        return tuple(
+        views = [
             InstanceView(
                 i,
                 ledger.free_pages(i),
@@ -90,7 +95,8 @@ class CoreState:
                 self.alive[i],
             )
             for i, queued in enumerate(self.queued)
-        )
+        ]
+        return tuple(views)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a request may reach `num_tokens` of KV at all."""
@@ -100,6 +106,11 @@ class CoreState:
     def mean_output(self) -> float:
         """Generated tokens of the requests that ended by themselves, on average; a guess counts as one of them."""
         return (PRIOR_OUTPUT + self.num_output) / (1 + self.num_ended)
+
+    @property
+    def usual_prompt(self) -> int:
+        """The length that nine of ten recent prompts do not exceed."""
+        return sorted(self.recent)[len(self.recent) * 9 // 10] if self.recent else 0
 
     @property
     def capacity_tokens(self) -> int:
@@ -119,6 +130,7 @@ class CoreState:
         """A new request waits."""
         self.requests[request.id] = request
         self.waiting[request.id] = None
+        self.recent.append(request.prompt_len)
         self._waiting = None
         self.changes += 1
 

@@ -35,7 +35,6 @@ from loong_jax.types import (
     RunPrefill,
 )
 
-
 Kept = list[tuple[int, list[int]]]
 """Pages by instance, in the order of the units that they are for."""
 
@@ -166,7 +165,8 @@ def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
         state.ledger.move(part)
     scored = tuple((row.request, row.runs) for row in rows) if planned.score else ()
     step = state.open_step(instances, tuple(samples), tuple(r.id for r in requests), is_prefill=True, scored=scored)
-    return RunPrefill(step, instances, bucket, planned.form, tuple(rows), tuple(chain.from_iterable(moves)), planned.score)
+    all_moves = tuple(chain.from_iterable(moves))
+    return RunPrefill(step, instances, bucket, planned.form, tuple(rows), all_moves, planned.score)
 
 
 def _prefill_row(

@@ -2,7 +2,7 @@
 
 What it is: per-instance free lists and reference counts over a `RunTable`. Everything is committed when a step is
 *issued*: a device runs its programs in order, so a page freed now may be given to any later step.
-What it is not: a policy, or aware of steps in flight. It stores extents of pages, so its cost grows with what is touched.
+What it is not: a policy, or aware of steps in flight. It stores extents of pages: its cost grows with what is touched.
 
 Invariants: INV-4 free + owned = capacity per instance. INV-5 each position of a request has one home; only a page
 with one owner is written.

@@ -340,7 +340,8 @@ class Manager:
         while state.active or state.waiting:
             if not any(map(state.has_room, range(len(state.queued)))):
                 return
-            if not self._apply(self.policy.plan(self.view(), self.cost)):
+            plan = self.policy.plan(self.view(), self.cost)
+            if not self._apply(plan) or plan.final:
                 return
 
     def _apply(self, plan: Plan) -> bool:

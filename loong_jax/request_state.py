@@ -8,7 +8,7 @@ lies before `dropped` was computed, and no layer's window reaches back to it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from loong_jax.ledger import Ledger
 from loong_jax.types import (
@@ -148,6 +148,10 @@ class RequestState:
         # can the devices where penalties depend on it. And no token is sampled before the prompt's scores are out.
         fed = self.issued == len(self.tokens) or (bool(self.sampled_on) and not self.needs_history)
         return fed and not self.holes and not self.score
+
+    @property
+    def kv(self) -> Mapping[int, int]:
+        return self._ledger.tokens(self.id)
 
     @property
     def resident(self) -> tuple[Resident, ...]:

@@ -134,7 +134,8 @@ class RunTable:
             self.add(request, instance, (page,), run)
             return
         index, offset = divmod(run.first - extent.first, self.page_tokens)
-        assert not offset and extent.pages[index] == page, f"{run.first} of request {request} already has a page"
+        assert offset == 0, f"a page of request {request} straddles {run.first}"
+        assert extent.pages[index] == page, f"position {run.first} of request {request} already has a page"
         assert index == len(extent.pages) - 1, f"only an open page grows: {run.first} of request {request}"
         extent.end = run.end
 

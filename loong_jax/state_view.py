@@ -49,6 +49,10 @@ class StateView:
         return self._state.mean_output
 
     @property
+    def usual_prompt(self) -> int:
+        return self._state.usual_prompt
+
+    @property
     def active(self) -> Sequence[RequestView]:
         requests = self._state.requests
         return [requests[r] for r in self._state.active]

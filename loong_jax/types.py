@@ -12,7 +12,7 @@ positions of `[0, known)` and emits token `known`; a decode row takes the last t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -524,6 +524,7 @@ class RequestView(Protocol):
 
     `missing`: runs of `[0, known)` without KV (for a running decode: nothing but the last known position). What no
     window will show again is dropped, and not missing.
+    `kv`: tokens of KV by instance, in no order; `resident`: the same with pages, ascending, which costs more to read.
     `device_group`: instances whose devices hold the newest token, or () when the host knows it.
     `running`: KV of `[0, known - 1)` is complete and it may decode now; else it needs prefill of `missing`, or waits
     for the host to know its newest token (`in_flight` > 0). `score`: its prefills are scoring ones.
@@ -549,6 +550,8 @@ class RequestView(Protocol):
     def running(self) -> bool: ...
     @property
     def missing(self) -> tuple[Run, ...]: ...
+    @property
+    def kv(self) -> Mapping[int, int]: ...
     @property
     def resident(self) -> tuple[Resident, ...]: ...
     @property
@@ -586,7 +589,8 @@ class View(Protocol):
 
     `active` and `waiting` are in order of arrival; `free_places`: how many waiting requests may start (`max_running`,
     slots). `requests`: the active ones and as many waiting ones as may start, so a policy may start any of them.
-    `mean_output`: generated tokens of the requests that ended by themselves, on average.
+    `mean_output`: generated tokens of the requests that ended by themselves, on average. `usual_prompt`: tokens that
+    nine of ten recent prompts do not exceed (0: none came yet).
     `version` changes with everything but ordinary decoding: between two plans of one version the same requests run, on
     the same instances, none came to its end or was decoded by another group, and only lengths grew. Lists of requests
     cost their length to read, the rest does not.
@@ -604,6 +608,8 @@ class View(Protocol):
     def free_places(self) -> int: ...
     @property
     def mean_output(self) -> float: ...
+    @property
+    def usual_prompt(self) -> int: ...
     @property
     def active(self) -> Sequence[RequestView]: ...
     @property
@@ -681,7 +687,7 @@ class Reservation(Record, frozen=True):
 
 class Plan(Record, frozen=True):
     """Applied in this order: evicts, migrates, prefills, decodes. An instance serves at most one of them, and none
-    when it already has two steps outstanding."""
+    when it already has two steps outstanding. `final`: the policy has no more to say before the next event."""
 
     evicts: tuple[PlannedEvict, ...] = ()
     migrates: tuple[PlannedMigrate, ...] = ()
@@ -689,3 +695,4 @@ class Plan(Record, frozen=True):
     decodes: tuple[PlannedDecode, ...] = ()
     prepares: tuple[PlannedPrepare, ...] = ()
     reservations: tuple[Reservation, ...] = ()
+    final: bool = False

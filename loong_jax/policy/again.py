@@ -21,11 +21,12 @@ NOTHING = Plan()
 
 
 class _Kept:
-    __slots__ = ("mask", "pages", "plan", "step")
+    __slots__ = ("last", "mask", "pages", "plan", "step")
 
     def __init__(self, step: PlannedDecode) -> None:
         self.step = step
         self.plan = Plan(decodes=(step,))
+        self.last = Plan(decodes=(step,), final=True)
         self.mask = mask_of(step.instances)
         self.pages = tuple(Counter(row.master for row in step.rows).items())
 
@@ -34,28 +35,35 @@ class Again:
     def __init__(self) -> None:
         self._version: int | None = None
         self._kept: dict[int, _Kept] = {}
+        self._lean = False
         self._missing = 0  # instances of groups without a step to take again
 
     def plan(self, version: int, instances: Sequence[InstanceView]) -> Plan | None:
         """What to do now; None when it must be planned."""
         if version != self._version:
             return None
-        room = 0
+        room = idle = 0
         for instance in instances:
             if instance.alive and instance.queued < MAX_QUEUED_STEPS:
                 room |= 1 << instance.instance
+                if not instance.queued:
+                    idle |= 1 << instance.instance
         if room & self._missing:
             return None
-        ready = [kept for kept in self._kept.values() if not kept.mask & ~room]
+        able = idle if self._lean else room
+        ready = [kept for kept in self._kept.values() if not kept.mask & ~able]
         for kept in ready:
             if any(instances[master].free_pages < pages for master, pages in kept.pages):
                 return None
         if len(ready) == 1:
-            return ready[0].plan
+            return ready[0].plan if ready[0].mask & idle and not self._lean else ready[0].last
         return Plan(decodes=tuple([kept.step for kept in ready])) if ready else NOTHING
 
-    def keep(self, version: int, groups: Sequence[DecodeGroup], steps: Sequence[PlannedDecode]) -> None:
-        """Nothing waits for prefill, and these steps of these groups were planned."""
+    def keep(
+        self, version: int, groups: Sequence[DecodeGroup], steps: Sequence[PlannedDecode], lean: bool = False
+    ) -> None:
+        """Nothing waits for prefill, and these steps of these groups were planned; `lean`: no second one is queued."""
+        self._lean = lean
         if version != self._version:
             self._version, self._kept = version, {}
         if any(a.mask & b.mask for a, b in combinations(groups, 2)):

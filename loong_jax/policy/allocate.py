@@ -18,7 +18,7 @@ from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import members
 from loong_jax.policy.scale import DecodeGroup
 from loong_jax.policy.times import Times
-from loong_jax.types import Phase, PlannedMigrate, Program, Rehome, RequestView, Resident
+from loong_jax.types import Phase, PlannedMigrate, PlannedPrepare, Program, Rehome, RequestView, Resident
 
 FAR_BEHIND = 20
 """A row so many token times behind its target cannot be brought back; others are not held for it."""
@@ -33,7 +33,7 @@ GAIN = 0.6
 
 
 class Allowance(NamedTuple):
-    """`open`: instances that may be given a prefill; `budget_s`: of each instance, how long it may last; `urgent`:
+    """`open`: instances that may be given a prefill; `budget_s`: of each, how long its rows can wait; `urgent`:
     instances that only a request which may not be passed any more can take."""
 
     open: int
@@ -51,7 +51,7 @@ def allowance(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> Allo
             free |= 1 << instance.instance
     free &= draft.room
     chunk_s = limits.chunk_us * 1e-6
-    budgets = [chunk_s] * len(draft.view.instances)
+    budgets = [float("inf")] * len(draft.view.instances)
     least_s = min(chunk_s, max(WORTH * times.base_s, limits.token_us * 1e-6))
     only_urgent = home = 0
     for group in groups:
@@ -96,26 +96,55 @@ def _ahead_us(row: RequestView, token_us: float, now_us: int) -> float:
     return first_us + token_us * (row.issued - row.prompt_len) - now_us
 
 
-def consolidated(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
+def consolidated(
+    draft: Draft, groups: Sequence[DecodeGroup], times: Times, long_homes: int = 0
+) -> list[PlannedMigrate]:
     """One row's KV moves, if the instance time that frees is worth the move: of a row that ties two instances together,
-    the smaller part; else the smallest decode group joins the largest."""
-    return _gathered(draft, groups, times) or ([] if draft.held else _joined(draft, groups, times))
+    the smaller part; of one beside a long prompt's KV (on `long_homes`), all of it; else the smallest decode group
+    joins the largest."""
+    planned = _gathered(draft, groups, times)
+    if not planned and not draft.held:
+        planned = _aside(draft, groups, times, long_homes)
+    return planned or ([] if draft.held else _joined(draft, groups, times))
+
+
+def _aside(draft: Draft, groups: Sequence[DecodeGroup], times: Times, long_homes: int) -> list[PlannedMigrate]:
+    """A row leaves the instances of a long prompt, where each chunk would be a short one, and take all that the row is
+    ahead: so it need not be ahead for this."""
+    left = members(draft.alive & ~long_homes) if long_homes else ()
+    if not left:
+        return []
+    dst = max(left, key=lambda i: (draft.load[i] > 0, draft.free[i], -i))
+    for group in groups:
+        row = group.rows[0]
+        if group.mask & ~long_homes or group.group is None or len(row.resident) != 1:
+            continue
+        stay_s = (expected_output(row, draft.view.mean_output) - row.num_generated) * times.cost.decode_s(1, 0, 0, 0)
+        held = row.resident[0]
+        pair = (min(held.instance, dst), max(held.instance, dst))
+        if (_program(draft), pair) not in draft.view.ready:
+            draft.prepares.append(PlannedPrepare(_program(draft), pair))
+        elif _moves_s(draft, times, held.tokens, held.pages) <= GAIN * stay_s * group.mask.bit_count():
+            planned = _move(draft, times, row, held, dst, None)
+            if planned or draft.held:
+                return planned
+    return []
 
 
 def _gathered(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[PlannedMigrate]:
     for group in groups:
         if group.mask.bit_count() < 2:
             continue
-        spanning = [row for row in group.rows if len(row.resident) > 1]
+        spanning = [row for row in group.rows if len(row.kv) > 1]
         # Towards the other rows: a row that was moved to them in part does not come back.
-        rows_on = Counter(resident.instance for row in group.rows for resident in row.resident)
-        for row in sorted(spanning, key=lambda row: (len(row.resident), row.request)):
+        rows_on = Counter(instance for row in group.rows for instance in row.kv)
+        for row in sorted(spanning, key=lambda row: (len(row.kv), row.request)):
             src, *_, dst = sorted(row.resident, key=lambda r: (rows_on[r.instance], r.pages, r.instance))
             left = expected_output(row, draft.view.mean_output) - row.num_generated
             # A row less that needs them both; when it is the last, every step takes one instance less.
             stay_s = left * times.cost.decode_s(1, 0, 0, 0) / len(spanning)
             if _moves_s(draft, times, src.tokens, src.pages) <= GAIN * stay_s:
-                planned = _move(draft, times, row, src, dst.instance)
+                planned = _move(draft, times, row, src, dst.instance, group.step_s(times.cost))
                 if planned or draft.held:
                     return planned
     return []
@@ -138,22 +167,30 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
             continue
         row = group.rows[0]
         if row.resident:
-            planned = _move(draft, times, row, row.resident[0], dst)
+            planned = _move(draft, times, row, row.resident[0], dst, group.step_s(times.cost))
             if planned or draft.held:
                 return planned
     return []
 
 
-def _move(draft: Draft, times: Times, row: RequestView, held: Resident, dst: int) -> list[PlannedMigrate]:
-    """The move, if it leaves headroom. Instances that are busy with decode steps keep room for it."""
+def _program(draft: Draft) -> Program:
+    return Program(Phase.MIGRATE, 2, draft.cluster.ladder.move_pages)
+
+
+def _move(
+    draft: Draft, times: Times, row: RequestView, held: Resident, dst: int, step_s: float | None
+) -> list[PlannedMigrate]:
+    """The move, if it leaves headroom. Instances that are busy with decode steps keep room for it. `step_s`: of the
+    row's decode step, one of which follows the move; None where the row need not be in time for it."""
     src, pages = held.instance, held.pages
     mask = 1 << src | 1 << dst
     token_us = PACE * (row.target.tpot_us or draft.limits.token_us)
-    if _ahead_us(row, token_us, draft.view.now_us) < times.cost.migrate_s(held.tokens) * 1e6:
-        return []  # it has no time for that yet, and may end before it has
-    program = Program(Phase.MIGRATE, 2, draft.cluster.ladder.move_pages)
+    if step_s is not None:
+        wait_s = _moves_s(draft, times, held.tokens, pages) / 2 + (2 if row.in_flight else 1) * step_s
+        if _ahead_us(row, token_us, draft.view.now_us) < wait_s * 1e6:
+            return []  # it has no time for that yet, and may end before it has
     headroom = draft.limits.decode_headroom_pages * (draft.load[dst] + 1)
-    if pages + headroom > draft.free[dst] or (program, (min(src, dst), max(src, dst))) not in draft.view.ready:
+    if pages + headroom > draft.free[dst] or (_program(draft), (min(src, dst), max(src, dst))) not in draft.view.ready:
         return []
     if mask & draft.taken or any(draft.view.instances[i].prefilling for i in (src, dst)):
         return []  # behind a prefill on one of them the other would stand still

@@ -211,7 +211,7 @@ class Memory:
         for request in active:
             if request.running:  # has all its KV: no need to look where
                 missing, pages = 1, -(-request.issued // self._page_tokens)
-            elif request.resident or request.in_flight:
+            elif request.kv or request.in_flight:
                 missing = draft.pages_needed(request)
                 pages = sum(resident.pages for resident in request.resident) + missing
             else:
@@ -264,7 +264,7 @@ def admitted(
     fresh = True
     for candidate in candidates:
         request = candidate.request
-        if request.resident or request.in_flight:
+        if request.kv or request.in_flight:
             out.append(candidate)
             continue
         if not fresh or (places <= 0 and not candidate.begun):

@@ -18,7 +18,8 @@ MAX_QUEUED_STEPS = 2
 class Draft:
     """`free`: pages by instance; `room`: living instances that can take a step, `idle` those without any; `taken`:
     instances planned; `held`: reserved for a prefill that needs them together, and keeping room for it; `load`: decode
-    rows by instance; `stall`: what a second's wait costs them. They change as the plan grows."""
+    rows by instance; `stall`: what a second's wait costs them; `lean`: decode groups queue no second step. They change
+    as the plan grows."""
 
     def __init__(
         self, cluster: ClusterConfig, limits: LimitsConfig, ready: ReadyGroups, view: View, cost: CostModel
@@ -34,6 +35,7 @@ class Draft:
                 if instance.queued == 0:
                     self.idle |= 1 << instance.instance
         self.taken = 0
+        self.lean = False
         self.load = [0] * len(view.instances)
         self.stall = [0.0] * len(view.instances)
         self.prepares: list[PlannedPrepare] = []
@@ -66,10 +68,10 @@ class Draft:
 
     def victim(self, blocked: RequestView) -> RequestView | None:
         """The newest holder of KV within reach that is newer than `blocked`; itself, if it is the only holder there."""
-        need = mask_of(r.instance for r in blocked.resident)
+        need = mask_of(blocked.kv)
         phase = Phase.DECODE if blocked.running else blocked.prefill_phase
         reach = self.ready.reach(phase, need, self.alive)
-        holders = [request for request in self.view.active if any(reach >> r.instance & 1 for r in request.resident)]
+        holders = [request for request in self.view.active if any(reach >> i & 1 for i in request.kv)]
         if not holders:
             return None
         newest = holders[-1]

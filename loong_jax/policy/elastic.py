@@ -18,7 +18,8 @@ from loong_jax.policy import allocate, dispatch
 from loong_jax.policy.again import NOTHING, Again
 from loong_jax.policy.dispatch import Candidate, Line
 from loong_jax.policy.draft import Draft
-from loong_jax.policy.groups import ReadyGroups
+from loong_jax.policy.groups import ReadyGroups, mask_of
+from loong_jax.policy.long_prompts import LongPrompts
 from loong_jax.policy.prefill import PrefillPlanner
 from loong_jax.policy.scale import DecodePlanner
 from loong_jax.policy.times import Times
@@ -74,19 +75,21 @@ class Elastic:
                 decoding.append(candidate.request)
                 places -= 1
         decode = DecodePlanner(draft, decoding)  # first: where rows decode sways where prompts go
+        long = LongPrompts(draft, times)
+        draft.lean = long.under_way()
         begun = dispatch.under_way(pausing, view.now_us, times.alone_s, self.limits)
         migrates: list[PlannedMigrate] = []
         prefills: list[PlannedPrefill] = []
         reservations: list[Reservation] = []
         if fresh or begun:
-            migrates = allocate.consolidated(draft, decode.groups, times)
+            migrates = allocate.consolidated(draft, decode.groups, times, long.homes)
             price = (self._line.weight + sum(c.weight for c in begun)) / len(view.instances)
-            planner = PrefillPlanner(draft, times, allocate.allowance(draft, decode.groups, times), price)
+            planner = PrefillPlanner(draft, times, allocate.allowance(draft, decode.groups, times), price, long)
             planner.plan(dispatch.admitted(draft, view.active, dispatch.in_order([*begun, *fresh]), places))
             prefills, reservations = planner.prefills, planner.reservations
         plan = _resolved(draft, decode.plan(), prefills, migrates, reservations)
         if not (fresh or begun or plan.evicts or plan.prepares):
-            self._again.keep(view.version, decode.groups, plan.decodes)
+            self._again.keep(view.version, decode.groups, plan.decodes, draft.lean)
         return plan
 
 
@@ -122,12 +125,15 @@ def _resolved(
             decodes = _without(decodes, victim.request)
     if not (prefills or decodes or migrates or draft.prepares or reservations):
         return NOTHING
+    only_decodes = bool(decodes) and not (prefills or migrates or draft.prepares)
     return Plan(
         migrates=tuple(migrates),
         prefills=tuple(prefills),
         decodes=tuple(decodes),
         prepares=tuple(draft.prepares),
         reservations=tuple(reservations),
+        # Decodes that fill the queues of their instances leave the others as they were looked at.
+        final=only_decodes and (draft.lean or not any(mask_of(decode.instances) & draft.idle for decode in decodes)),
     )
 
 

@@ -19,6 +19,7 @@ from loong_jax.policy.batch import INFINITE, Batch, Batching, Shape, Slots, Work
 from loong_jax.policy.dispatch import Candidate, weight_of
 from loong_jax.policy.draft import Draft
 from loong_jax.policy.groups import Group, mask_of, members
+from loong_jax.policy.long_prompts import LongPrompts
 from loong_jax.policy.times import Times
 from loong_jax.types import (
     ContextForm,
@@ -31,8 +32,10 @@ from loong_jax.types import (
     Share,
 )
 
-MANY_CHUNKS = 16
-"""So many, alone on the largest group, make a prompt a long one."""
+BESIDE = 1 << 20
+"""Rows that an instance counts as more, to who looks for a place to decode, where a long prompt is under way."""
+LEND = 0.2
+"""Where a quarter of the instances is all that prompts find, a row's wait counts less by so much."""
 
 Rows = Sequence[tuple[RequestView, tuple[Run, ...]]]
 
@@ -50,8 +53,11 @@ class _Alone(NamedTuple):
 class PrefillPlanner:
     """`price`: what a second of one instance costs those who wait, by normalised latency."""
 
-    def __init__(self, draft: Draft, times: Times, allowance: Allowance, price: float) -> None:
+    def __init__(
+        self, draft: Draft, times: Times, allowance: Allowance, price: float, long: LongPrompts | None = None
+    ) -> None:
         self.draft, self.times, self.allowance, self.price = draft, times, allowance, price
+        self.long = long or LongPrompts(draft, times)
         self._page_tokens = draft.cluster.page_tokens
         self.prefills: list[PlannedPrefill] = []
         self.reservations: list[Reservation] = []
@@ -63,7 +69,7 @@ class PrefillPlanner:
         while left and (self.allowance.open | self.allowance.urgent) & ~self.draft.taken & ~self.draft.held:
             head = left[0]
             started: set[int] = set()
-            if not head.request.resident:
+            if not head.request.kv:
                 started = self._batches(_cohort(left, most))
             if not started:
                 self._alone(head)
@@ -136,10 +142,10 @@ class PrefillPlanner:
         draft, times = self.draft, self.times
         phase, most = head.request.prefill_phase, draft.limits.chunk_tokens
         shapes: dict[tuple[int, int], Shape] = {}
-        widest = self._most_instances(head)
+        widest = self.long.most_instances(head.request)
         landing = self.price * 2 * times.cost.migrate_s(head.tokens) if self.allowance.home else 0.0
         for at in range(len(order)):
-            mask, budget_s = 0, INFINITE
+            mask, budget_s = 0, self.long.chunk_s(head.request)
             for dop, instance in enumerate(order[at:], start=1):
                 mask |= 1 << instance
                 budget_s = min(budget_s, self.allowance.budget_s[instance])
@@ -147,7 +153,8 @@ class PrefillPlanner:
                 if group is not None:
                     tokens = times.chunk_tokens(dop, 0, budget_s, min(most, group.bucket * dop))
                     shapes[at, dop] = Shape(tokens, 0.0 if mask & self.allowance.home else landing)
-        stall = [draft.stall[i] for i in order]
+        few = len(order) <= draft.alive.bit_count() // 4
+        stall = [draft.stall[i] * (LEND if few else 1.0) for i in order]
         return Slots([draft.free[i] for i in order], stall, shapes)
 
     def _work(self, candidate: Candidate, dop: int, slots: Slots) -> Work:
@@ -168,7 +175,13 @@ class PrefillPlanner:
     def _alone(self, head: Candidate) -> None:
         """The next chunk of one request, on the group that computes it cheapest; or a hold on one."""
         request = head.request
-        need = mask_of(r.instance for r in request.resident)
+        other = None if head.urgent else self.long.gives_way(request)
+        if other is not None:
+            if not self.reservations:
+                until_us = self.draft.view.now_us + self.draft.limits.hold_us
+                self.reservations.append(Reservation(other.request, members(self.draft.alive), until_us))
+            return
+        need = mask_of(request.kv)
         allowed = self._open(head)
         best = self._best_group(head, need, allowed)
         if best is not None and (best.fits or not self._hold(head, need, allowed)):
@@ -184,16 +197,16 @@ class PrefillPlanner:
         if need & ~allowed:
             return None
         draft, request, page_tokens = self.draft, head.request, self._page_tokens
-        resident = sum(r.tokens for r in request.resident)
+        resident = sum(request.kv.values())
         all_units = buckets.num_units(request.missing, page_tokens)
         whole = draft.pages_needed(request) + draft.limits.decode_headroom_pages
         best: _Alone | None = None
-        most = self._most_instances(head)
+        most, chunk_s = self.long.most_instances(request), self.long.chunk_s(request)
         for group in draft.ready.covering(request.prefill_phase, need, allowed):
             if group.dop > most and best is not None and best.fits:
                 continue
             free = sum(draft.free[i] for i in group.instances)
-            budget_s = min(self.allowance.budget_s[i] for i in group.instances)
+            budget_s = min(chunk_s, *[self.allowance.budget_s[i] for i in group.instances])
             units = min(free, group.bucket * group.dop // page_tokens, max(1, draft.limits.chunk_tokens // page_tokens))
             tokens = self.times.chunk_tokens(group.dop, resident, budget_s, head.tokens)
             units = min(units, all_units if tokens >= head.tokens else max(1, tokens // page_tokens))
@@ -207,13 +220,6 @@ class PrefillPlanner:
             if best is None or (not option.fits, option.cost) < (not best.fits, best.cost):
                 best = option
         return best
-
-    def _most_instances(self, candidate: Candidate) -> int:
-        """A prompt of many chunks leaves an instance to those that come meanwhile, if a group of all the others can be
-        formed: they would wait for a chunk of it each time."""
-        alive = self.draft.alive.bit_count()
-        many = candidate.seconds > MANY_CHUNKS * self.draft.limits.chunk_us * 1e-6
-        return alive - 1 if many and alive - 1 in self.times.dops else alive
 
     def _hold(self, head: Candidate, need: int, allowed: int) -> bool:
         """Reserve the smallest group that would do, if some of it is busy now. One request at a time holds; decodes go
@@ -243,6 +249,8 @@ class PrefillPlanner:
         free = dict(self.draft.free)
         # Where instances are wanted for prefill, rows gather; where they are not, each gets an instance of its own.
         load = [-count for count in self.draft.load] if self._wanted(rows) else self.draft.load
+        if self.long.homes and not self.long.is_long(rows[0][0]):  # aside, where the rest of a long prompt is to come
+            load = [count + (BESIDE if self.long.homes >> i & 1 else 0) for i, count in enumerate(load)]
         for request, runs in rows:
             num_units = buckets.num_units(runs, self._page_tokens)
             later -= num_units
@@ -317,7 +325,7 @@ def _cohort(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
     """The fresh ones at the front that may share a step with the first."""
     out: list[Candidate] = []
     for candidate in candidates:
-        if len(out) == most or candidate.request.resident:
+        if len(out) == most or candidate.request.kv:
             break
         if _kind(candidate) == _kind(candidates[0]):
             out.append(candidate)

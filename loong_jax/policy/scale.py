@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from loong_jax.cost import CostModel
 from loong_jax.policy.draft import Draft
-from loong_jax.policy.groups import Group, mask_of, members
+from loong_jax.policy.groups import Group, members
 from loong_jax.types import Phase, PlannedDecode, PlannedDecodeRow, RequestView
 
 STALL = 0.1
@@ -45,8 +45,8 @@ class DecodeGroup:
         if self._kv_tokens < 0:
             held: dict[int, int] = {}
             for row in self.rows:
-                for resident in row.resident:
-                    held[resident.instance] = held.get(resident.instance, 0) + resident.tokens
+                for instance, tokens in row.kv.items():
+                    held[instance] = held.get(instance, 0) + tokens
             self._kv_tokens = max(held.values(), default=0)
         return self._kv_tokens
 
@@ -71,12 +71,10 @@ class DecodePlanner:
         """Rows that share an instance are served together, as far as a READY group spans them all."""
         out: list[DecodeGroup] = []
         for request in decoding:
-            resident = request.resident
-            if len(resident) == 1:
-                need = 1 << resident[0].instance
-            elif resident:
-                need = mask_of(r.instance for r in resident)
-            else:
+            need = 0
+            for instance in request.kv:
+                need |= 1 << instance
+            if not need:
                 need = 1 << self._emptiest()
             for group in out:
                 if group.need & need == need:  # the common case
@@ -148,8 +146,8 @@ class DecodePlanner:
 
     def _may_run(self, group: DecodeGroup) -> bool:
         draft = self.draft
-        if group.mask & draft.held and group.mask & ~draft.idle:
-            return False  # the place behind the step under way is kept for the prefill that waits for all of them
+        if (draft.lean or group.mask & draft.held) and group.mask & ~draft.idle:
+            return False  # the place behind the step under way is kept for a prefill that will want several of them
         return group.mask & ~(draft.room & ~draft.taken) == 0
 
     def _masters(self, group: Group, rows: Sequence[RequestView]) -> tuple[list[PlannedDecodeRow], list[RequestView]]:
@@ -161,8 +159,9 @@ class DecodePlanner:
         counts, used = dict.fromkeys(instances, 0), dict.fromkeys(instances, 0)
         for row in rows:
             device = row.device_group
-            if row.open_page is not None:
-                master = row.open_page[0]
+            open_page = row.open_page
+            if open_page is not None:
+                master = open_page[0]
                 if counts[master] >= bucket or (device and master not in device):
                     continue
             else:
@@ -173,7 +172,7 @@ class DecodePlanner:
                 spare = [i for i in spare if counts[i] < bucket and (not device or i in device)]
                 if not spare:
                     continue  # waits for the host, or for rows to leave
-                held = {r.instance for r in row.resident}
+                held = row.kv
                 master = min(spare, key=lambda i: (i not in held, counts[i], -free[i], i))
                 used[master] += 1
             counts[master] += 1

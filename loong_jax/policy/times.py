@@ -19,6 +19,7 @@ class Times:
         self.cost = cost
         self.dops = cluster.ladder.dops
         self._page_tokens = cluster.page_tokens
+        self._alone: dict[tuple[int, int], float] = {}
         self._chunks: dict[tuple[int, int, int, int], int] = {}
         self.base_s = cost.prefill_s(1, 1, 1.0, 0, ContextForm.RING)
 
@@ -36,8 +37,14 @@ class Times:
 
     def alone_s(self, tokens: int, resident: int) -> float:
         """Of all that is missing, in one step on the group that suits it best."""
-        pairs = row_pairs(tokens, resident)
-        return min(self.step_s(dop, tokens, pairs, resident) for dop in (self.dops[0], self.dops[-1]))
+        found = self._alone.get((tokens, resident))
+        if found is None:
+            if len(self._alone) > 1 << 16:
+                self._alone.clear()
+            pairs = row_pairs(tokens, resident)
+            found = min(self.step_s(dop, tokens, pairs, resident) for dop in (self.dops[0], self.dops[-1]))
+            self._alone[tokens, resident] = found
+        return found
 
     def chunk_tokens(self, dop: int, resident: int, budget_s: float, most: int) -> int:
         """The most tokens, in whole pages and at least one page, whose step stays within `budget_s`; `most` at most."""

@@ -21,7 +21,7 @@ from loong_jax.sim.workloads import Workload
 PolicyMaker = Callable[[ClusterConfig, LimitsConfig], Policy]
 
 SIM_LADDER = LadderConfig(
-    prefill_tokens=(512, 2048, 8192, 32768, 131072), decode_rows=(1, 8, 32, 128, 512), move_pages=1024, score_tokens=()
+    prefill_tokens=(512, 8192, 131072), decode_rows=(1, 8, 64, 512), move_pages=1024, score_tokens=()
 )
 """Buckets that bind nobody: a simulated step costs what its real tokens cost, whatever its bucket."""
 
@@ -119,10 +119,10 @@ def sim_cluster(num_instances: int, *, pool_tokens: int, tp: int = 1, page_token
 
 
 def _ladder(num_instances: int) -> LadderConfig:
-    """The usual DoPs, and that of all instances but one where the ladder has room for it: the group of a long prompt
-    that leaves one to the others."""
+    """The usual DoPs, and those of all instances but one or a quarter where the ladder has room for them: the groups of
+    a long prompt that leaves some to the others."""
     ladder = ladder_for(num_instances, SIM_LADDER)
-    dops = tuple(sorted({*ladder.dops, max(1, num_instances - 1)}))
+    dops = tuple(sorted({*ladder.dops, max(1, num_instances - 1), num_instances - num_instances // 4}))
     try:
         return msgspec.structs.replace(ladder, dops=dops)
     except ConfigError:

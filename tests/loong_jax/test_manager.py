@@ -449,7 +449,7 @@ def test_the_policy_sees_no_output_length() -> None:
     """INV-9: whatever is not in these fields cannot sway a policy."""
     assert {name for name in vars(RequestView) if not name.startswith("_")} == {
         "request", "arrived_us", "prompt_len", "known", "issued", "max_tokens", "num_generated", "running", "missing",
-        "resident", "open_page", "device_group", "in_flight", "num_evictions", "score", "prefill_phase", "target",
+        "kv", "resident", "open_page", "device_group", "in_flight", "num_evictions", "score", "prefill_phase", "target",
         "first_token_us",
     }  # fmt: skip
 

@@ -37,6 +37,10 @@ class Seen(Record, frozen=True):
     first_token_us: int = NEVER
 
     @property
+    def kv(self) -> dict[int, int]:
+        return {held.instance: held.tokens for held in self.resident}
+
+    @property
     def prefill_phase(self) -> Phase:
         return Phase.SCORE if self.score else Phase.PREFILL
 
@@ -52,6 +56,7 @@ class SeenView(Record, frozen=True):
     now_us: int = 0
     version: int = 0
     mean_output: float = 64.0
+    usual_prompt: int = 0
 
     @property
     def free_places(self) -> int:
