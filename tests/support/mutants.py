@@ -159,9 +159,9 @@ MUTANTS = (
     Mutant("skip part of a hole", "issue:_subtract", "position = run.end", "position = run.end + 1"),
     Mutant(
         "pages in another order",
-        "issue:prefill",
-        "row.runs, own)",
-        "row.runs, [(home, pages[::-1]) for home, pages in own][::-1])",
+        "issue:_prefill_row",
+        "pages += own",
+        "pages += own[::-1]",
     ),
     # the policy
     Mutant("skip ageing", "policy.dispatch:Line.top", "while self._alarms and", "while self._alarms and not count and"),
