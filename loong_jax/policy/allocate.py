@@ -161,9 +161,10 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
         rows = len(home.rows) + len(group.rows)
         if group is home or len(group.rows) > len(home.rows):
             continue
+        if times.cost.decode_s(1, rows, rows, home.kv_tokens + group.kv_tokens) > FULL * token_s:
+            continue
         stay_s, move_s = _worth(draft, group, times)
-        after_s = times.cost.decode_s(1, rows, rows, home.kv_tokens + group.kv_tokens)
-        if move_s > GAIN * stay_s or after_s > FULL * token_s:
+        if move_s > GAIN * stay_s:
             continue
         row = group.rows[0]
         if row.resident:

@@ -208,10 +208,19 @@ class Memory:
         self._growth: list[tuple[float, int]] = []  # (pages yet to come, pages when its prompt is through)
         self._sum = 0.0
         self._holders = 0
+        page_tokens, mean, growth = self._page_tokens, self._mean_output, self._growth
+        window = draft.cluster.kv_window
         for request in active:
-            if request.running:  # has all its KV: no need to look where
-                missing, pages = 1, -(-request.issued // self._page_tokens)
-            elif request.kv or request.in_flight:
+            if request.running:  # has all its KV: no need to look where (the hot path: `_note` written out)
+                pages, generated = -(-request.issued // page_tokens), request.known - request.prompt_len
+                expected = min(request.max_tokens, max(mean, 1.25 * generated + 8))
+                more = 1.0 if window else max(1.0, (expected - generated) / page_tokens)
+                growth.append((more, pages))
+                self._sum += more + pages
+                self._left -= 1
+                self._holders += 1
+                continue
+            if request.kv or request.in_flight:
                 missing = draft.pages_needed(request)
                 pages = sum(resident.pages for resident in request.resident) + missing
             else:

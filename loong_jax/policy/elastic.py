@@ -64,7 +64,8 @@ class Elastic:
 
     def _four_steps(self, draft: Draft, times: Times) -> Plan:
         view = draft.view
-        decoding, pausing = _split(view)
+        decoding, lacking = _split(view)
+        pausing = [request for request in lacking if request.in_flight == 0]
         places = view.free_places
         self._line.follow(view.waiting, times.alone_s)
         fresh: list[Candidate] = []
@@ -75,7 +76,7 @@ class Elastic:
                 decoding.append(candidate.request)
                 places -= 1
         decode = DecodePlanner(draft, decoding)  # first: where rows decode sways where prompts go
-        long = LongPrompts(draft, times)
+        long = LongPrompts(draft, times, lacking)
         draft.lean = long.under_way()
         begun = dispatch.under_way(pausing, view.now_us, times.alone_s, self.limits)
         migrates: list[PlannedMigrate] = []
@@ -94,16 +95,16 @@ class Elastic:
 
 
 def _split(view: View) -> tuple[list[RequestView], list[RequestView]]:
-    """The active requests: those that may decode, and those that need prefill now."""
+    """The active requests: those that may decode, and those that lack KV."""
     decoding: list[RequestView] = []
-    pausing: list[RequestView] = []
+    lacking: list[RequestView] = []
     for request in view.active:
         if request.running:
             if request.issued < request.prompt_len + request.max_tokens:
                 decoding.append(request)
-        elif request.in_flight == 0:
-            pausing.append(request)
-    return decoding, pausing
+        else:
+            lacking.append(request)
+    return decoding, lacking
 
 
 def _resolved(

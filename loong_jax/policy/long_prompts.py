@@ -8,6 +8,7 @@ What it is not: an order (`dispatch.py`); a long prompt starts when its turn com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from loong_jax.cost import row_pairs
@@ -28,8 +29,10 @@ that one takes more instances for its next chunk."""
 
 
 class LongPrompts:
-    def __init__(self, draft: Draft, times: Times) -> None:
-        self._draft, self._times = draft, times
+    """`lacking`: requests that have a place and lack KV."""
+
+    def __init__(self, draft: Draft, times: Times, lacking: Sequence[RequestView]) -> None:
+        self._draft, self._times, self._lacking = draft, times, lacking
         self._num_alive = draft.alive.bit_count()
         self._usual_s = draft.limits.chunk_us * 1e-6
 
@@ -62,22 +65,20 @@ class LongPrompts:
     @cached_property
     def homes(self) -> int:
         """Instances with KV of long prompts that are not through: rows that decode there stand in their way."""
-        active = self._draft.view.active
-        return mask_of(i for r in active if r.kv and not r.running and self.is_long(r) for i in r.kv)
+        return mask_of(i for request in self._lacking if self.is_long(request) for i in request.kv)
 
     def under_way(self) -> bool:
         """Whether a chunk of one is being computed apart from the others: they are to find room at once."""
-        if not self.others_are_brief:
+        if not self._lacking or not self.others_are_brief:
             return False
-        active = self._draft.view.active
-        return any(r.in_flight > 0 and not r.running and self.is_long(r) for r in active)
+        return any(request.in_flight > 0 and self.is_long(request) for request in self._lacking)
 
     def gives_way(self, request: RequestView) -> RequestView | None:
         """A shorter prompt that began on few instances, for whose next chunk a long `request` leaves all of them."""
         if self.others_are_brief or not self.is_long(request):
             return None
-        for other in self._draft.view.active:
-            if other is request or other.running or not other.kv or self.is_long(other):
+        for other in self._lacking:
+            if other is request or not other.kv or self.is_long(other):
                 continue
             tokens, resident = sum(run.count for run in other.missing), sum(other.kv.values())
             seconds = self._times.step_s(max(1, len(other.kv)), tokens, row_pairs(tokens, resident), resident)

@@ -57,7 +57,7 @@ class PrefillPlanner:
         self, draft: Draft, times: Times, allowance: Allowance, price: float, long: LongPrompts | None = None
     ) -> None:
         self.draft, self.times, self.allowance, self.price = draft, times, allowance, price
-        self.long = long or LongPrompts(draft, times)
+        self.long = long or LongPrompts(draft, times, ())
         self._page_tokens = draft.cluster.page_tokens
         self.prefills: list[PlannedPrefill] = []
         self.reservations: list[Reservation] = []

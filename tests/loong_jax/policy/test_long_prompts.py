@@ -30,7 +30,7 @@ def prompt(request: int, length: int, done: dict[int, int] | None = None, in_fli
 def beside(usual: int, *active: Seen) -> LongPrompts:
     instances = tuple(InstanceView(i, 13_000, 13_125, 0, 0, True) for i in range(8))
     view = SeenView(16, instances, active, usual_prompt=usual)
-    return LongPrompts(Draft(CLUSTER, LIMITS, ReadyGroups(frozenset()), view, COST), Times(CLUSTER, COST))
+    return LongPrompts(Draft(CLUSTER, LIMITS, ReadyGroups(frozenset()), view, COST), Times(CLUSTER, COST), active)
 
 
 LONG = prompt(0, 1_000_000)
