@@ -110,7 +110,7 @@ def page(rows: Iterable[Row]) -> str:
     )
     out.append(COLLECTIVES)
     out += table(
-        ("model, slice", "step", "compile", "ring", "exchange", "over tp", "VMEM", "read, products"),
+        ("model, slice", "step", "compile", "ring", "exchange", "over tp", "VMEM", "products"),
         [step_line(row, step) for row, result in results.items() for step in result.steps],
     )
     if missing:
@@ -134,7 +134,7 @@ each master. *Left* is of the published memory. *Fit*: tokens on all instances o
 COLLECTIVES = """
 What a step sends, in bytes of results on one device: *overlapped* transfers have a kernel or a matrix product between
 their start and their end, *sync* ones nothing. A ring of context sends as much again for each tile of it, and so do
-gathered queries. Compile: seconds of CPU, tracing included. Bytes read and FLOP: of one device, without kernels.
+gathered queries. Compile: seconds of CPU, tracing included. Products: of one device, without kernels.
 """
 
 RINGS = """
@@ -198,7 +198,7 @@ def step_line(row: Row, step: StepReport) -> tuple[str, ...]:
         sent(axis="sp", permutes=False),
         sent(axis="tp", permutes=False),
         f"{step.vmem_bytes / 2**20:.1f} of {step.vmem_limit_bytes / 2**20:.0f} MiB",
-        f"{step.hbm_read_bytes / GIB:.2f} GiB, {step.matmul_flops / 1e12:.2f} TFLOP",
+        f"{step.matmul_flops / 1e12:.2f} TFLOP",
     )
 
 

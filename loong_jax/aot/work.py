@@ -95,8 +95,9 @@ def _read_bytes(module: Module, names: dict[str, Operation], op: Operation) -> i
         if op.opcode in _SLICED:
             return op.num_bytes if _in_hbm(first) else 0
         return sum(names[o].num_bytes for o in op.operands[1:] if o in names and _in_hbm(names[o]))
-    if op.opcode == "slice-start":
-        return arrays(op.shape)[-1].num_bytes if first is not None and _in_hbm(first) else 0
+    if op.opcode in ("slice-start", "dynamic-slice-start", "async-start"):  # a part on its way into VMEM
+        arriving = [array.num_bytes for array in arrays(op.shape) if not array.in_hbm]
+        return max(arriving, default=0) if first is not None and _in_hbm(first) else 0
     return sum(array.num_bytes for array in _operands(names, op) if array.in_hbm)
 
 
@@ -107,6 +108,8 @@ def _in_hbm(op: Operation) -> bool:
 def _parameter_bytes(module: Module, computation: str, parameter: str) -> int:
     """Bytes that a fused computation reads of one parameter: all of it, unless everybody slices or updates it."""
     names, total = module.by_name[computation], 0
+    if module.computations[computation][-1].name == parameter:  # the result, by another name
+        return names[parameter].num_bytes
     for user in module.computations[computation]:
         if parameter not in user.operands:
             continue

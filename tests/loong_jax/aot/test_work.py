@@ -59,6 +59,41 @@ def test_reads():
     assert hbm_read_bytes(Module(TEXT)) == 2 * 64 + 4 * (8 * 16 * 2 + 2 * 2)
 
 
+def test_slices_on_their_way_into_vmem():
+    text = """HloModule m, is_scheduled=true
+ENTRY %main (w: bf16[64,128]) -> bf16[64,128] {
+  %w = bf16[64,128]{1,0} parameter(0)
+  %s.1 = ((bf16[64,128]{1,0}), bf16[16,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) slice-start(%w), slice={[0:16], [0:128]}
+  %d.1 = bf16[16,128]{1,0:T(8,128)S(1)} slice-done(%s.1)
+  %s.2 = ((bf16[64,128]{1,0}), bf16[48,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) async-start(%w), calls=%inner
+  ROOT %d.2 = bf16[48,128]{1,0:T(8,128)S(1)} async-done(%s.2)
+}
+"""
+    assert hbm_read_bytes(Module(text)) == 64 * 128 * 2
+
+
+def test_what_a_fusion_only_renames_is_read():
+    text = """HloModule m, is_scheduled=true
+%rename (w: bf16[1,16,8]) -> bf16[16,8] {
+  %w = bf16[1,16,8]{2,1,0} parameter(0)
+  ROOT %b = bf16[16,8]{1,0} bitcast(%w)
+}
+%product (w: bf16[1,16,8], x: bf16[2,8]) -> f32[2,16] {
+  %w = bf16[1,16,8]{2,1,0} parameter(0)
+  %x = bf16[2,8]{1,0:T(8,128)S(1)} parameter(1)
+  %one = bf16[16,8]{1,0} fusion(%w), kind=kLoop, calls=%rename
+  ROOT %c = f32[2,16]{1,0} convolution(%x, %one), dim_labels=bf_oi->bf
+}
+ENTRY %main (w: bf16[1,16,8], x: bf16[2,8]) -> f32[2,16] {
+  %w = bf16[1,16,8]{2,1,0} parameter(0)
+  %x = bf16[2,8]{1,0:T(8,128)S(1)} parameter(1)
+  ROOT %f = f32[2,16]{1,0} fusion(%w, %x), kind=kOutput, calls=%product
+}
+"""
+    assert hbm_read_bytes(Module(text)) == 16 * 8 * 2
+    assert matmul_flops(Module(text)) == 2 * 2 * 16 * 8
+
+
 def test_operations():
     assert matmul_flops(Module(TEXT)) == 4 * 2 * 2 * 8 * 16
 
