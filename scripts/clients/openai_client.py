@@ -111,13 +111,16 @@ class Cases:
     def case_structured_answers_parse(self):
         schema = {
             "type": "object",
-            "properties": {"key": {"type": "integer", "maximum": 99999}, "kind": {"enum": ["pass", "other"]}},
+            "properties": {
+                "key": {"type": "integer", "minimum": 0, "maximum": 99999},
+                "kind": {"enum": ["pass", "other"]},
+            },
             "required": ["key", "kind"],
             "additionalProperties": False,
         }
         form = {"type": "json_schema", "json_schema": {"name": "found", "schema": schema, "strict": True}}
         for temperature in (0.0, 1.0):
-            answer = self.chat(self.client, response_format=form, max_completion_tokens=100, temperature=temperature)
+            answer = self.chat(self.client, response_format=form, max_completion_tokens=600, temperature=temperature)
             found = json.loads(answer.choices[0].message.content)
             assert set(found) == {"key", "kind"}, found
             assert answer.choices[0].finish_reason == "stop"
