@@ -33,7 +33,7 @@ def grammar_of(kind: str, text: str) -> str:
         if not isinstance(schema, dict):
             raise ValueError("is no JSON object")
         return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
-    return llguidance.grammar_from(kind, text)
+    return llguidance.grammar_from(kind, text)  # pyright: ignore[reportArgumentType]
 
 
 def answer(tokenizer, message: dict[str, Any]) -> dict[str, Any]:
