@@ -22,6 +22,9 @@ from loong_jax.aot.targets import TargetError, missing_for_gpus
 from loong_jax.types import Phase, Program
 from tests.loong_jax.aot.compile_steps import BUCKET, CLUSTER, MODEL, WIDE, Report
 
+# Whoever asks first compiles all cases of its list, one after the other.
+pytestmark = pytest.mark.timeout(3600)
+
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[3]
 
