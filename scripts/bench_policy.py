@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """CPU time of the elastic policy's decisions, and what contiguous batches lose against all partitions.
 
-    scripts/bench_policy.py [--png docs/policy_time.png] [--gap]
+    scripts/bench_policy.py --results FILE [--png docs/policy_time.png]
+    scripts/bench_policy.py --gap
 
 Decode-only: plans of steady decoding, by running rows. Four steps: plans of a simulated overload, by waiting requests
-and instances, while the line is at least nine tenths of its length. Thread CPU time of `Policy.plan` alone.
+and instances, while the line is at least nine tenths of its length. Thread CPU time of `Policy.plan` alone. Each case
+is a line of FILE (JSON), and is not measured again.
 What it is not: the manager's part (`scripts/bench_engine_thread.py`).
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import random
 import sys
 import time
@@ -118,12 +121,28 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def line(ordered: list[float], scale: float) -> str:
-    return f"{quantile(ordered, 0.5) * scale:8.2f} {quantile(ordered, 0.99) * scale:8.2f}"
+class Results:
+    """(p50, p99) seconds of each case, by (waiting or rows, instances); 0 instances: decode-only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        self.cases = {(size, instances): (p50, p99) for size, instances, p50, p99 in lines}
+
+    def measure(self, size: int, instances: int) -> str:
+        """The case as text, p50 and p99 in ms."""
+        if (size, instances) not in self.cases:
+            times = four_steps(size, instances) if instances else decode_only(size)
+            self.cases[size, instances] = p50, p99 = quantile(times, 0.5), quantile(times, 0.99)
+            with self._path.open("a") as file:
+                file.write(json.dumps((size, instances, p50, p99)) + "\n")
+        p50, p99 = self.cases[size, instances]
+        return f"{size:6} {instances:3} {p50 * 1e3:9.4f} {p99 * 1e3:9.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="where measurements are kept")
     parser.add_argument("--png", type=Path, help="where to draw the growth")
     parser.add_argument("--gap", action="store_true", help="measure the gap to all partitions instead")
     args = parser.parse_args()
@@ -134,41 +153,35 @@ def main() -> None:
             print(f"{'little' if tight else 'ample'} memory, {len(gaps)} instances: {exact:.1%} equal,", end=" ")
             print(f"mean {sum(gaps) / len(gaps):.3%}, p99 {quantile(gaps, 0.99):.2%}, max {gaps[-1]:.2%}")
         return
-    print("decode-only, us: rows, p50, p99")
-    decode = {}
-    for rows in (16, 64, 256, 1024, 4096):
-        decode[rows] = decode_only(rows)
-        print(f"{rows:6}", line(decode[rows], 1e6), flush=True)
-    print("four steps, ms: waiting, instances, p50, p99")
-    full = {}
-    for waiting, instances in ((100, 8), (1000, 8), (3000, 8), (1000, 64), (10_000, 64)):
-        times = full[waiting, instances] = four_steps(waiting, instances)
-        print(f"{waiting:6} {instances:3}", line(times, 1e3), flush=True)
+    if args.results is None:
+        parser.error("--results FILE is needed")
+    results = Results(args.results)
+    print("rows that decode (0) or requests that wait, instances: p50, p99 in ms")
+    for rows in (16, 256, 1024, 4096):
+        print(results.measure(rows, 0), flush=True)
+    for waiting, instances in ((100, 8), (1000, 8), (10_000, 64)):
+        print(results.measure(waiting, instances), flush=True)
     if args.png:
-        draw(decode, full, args.png)
+        draw(results.cases, args.png)
 
 
-def draw(decode: dict[int, list[float]], full: dict[tuple[int, int], list[float]], path: Path) -> None:
+def draw(cases: dict[tuple[int, int], tuple[float, float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for share, label in ((0.5, "p50"), (0.99, "p99")):
-        left.plot(list(decode), [quantile(t, share) * 1e6 for t in decode.values()], marker="o", label=label)
-        for n, mark in ((8, "o"), (64, "s")):
-            cases = {w: t for (w, i), t in full.items() if i == n}
-            right.plot(
-                list(cases),
-                [quantile(t, share) * 1e3 for t in cases.values()],
-                marker=mark,
-                label=f"{label}, {n} instances",
-            )
+    for axes, instances, mark, scale in ((left, 0, "o", 1e6), (right, 8, "o", 1e3), (right, 64, "s", 1e3)):
+        sizes = sorted(size for size, num in cases if num == instances)
+        for index, label in enumerate(("p50", "p99")):
+            times = [cases[size, instances][index] * scale for size in sizes]
+            text = f"{label}, {instances} instances" if instances else label
+            axes.plot(sizes, times, marker=mark, label=text)
     left.set(xscale="log", yscale="log", xlabel="running rows", ylabel="us", title="a decode-only decision")
     right.set(xscale="log", yscale="log", xlabel="waiting requests", ylabel="ms", title="all four steps")
-    left.plot([256, 4096], [30, 150], "r_", markersize=16, label="aim")
-    right.plot([1000, 10_000], [1.5, 15], "r_", markersize=16, label="aim")
+    left.plot([256, 4096], [30, 150], "r_", markersize=16, label="aim (p50)")
+    right.plot([1000, 10_000], [1.5, 15], "r_", markersize=16, label="aim (p99)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
