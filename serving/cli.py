@@ -98,6 +98,9 @@ def serve(
     tls_key: access_flags.TlsKey = None,
     tls_client_ca: access_flags.TlsClientCa = None,
     allow_anyone: access_flags.AllowAnyone = False,
+    log_format: flags.LogFormat = "text",
+    log_level: flags.LogLevel = "info",
+    otlp_traces_endpoint: flags.OtlpEndpoint = None,
     num_processes: flags.NumProcesses = 1,
     coordinator: flags.Coordinator = None,
     control: flags.Control = "127.0.0.1:50052",
@@ -110,7 +113,7 @@ def serve(
     with told_errors():
         launched = _launch_config(options)
         _use_platform(platform, launched.engine)
-        with ConsoleReporter() as reporter:
+        with ConsoleReporter(*flags.log_lines(log_format, log_level)) as reporter:
             asyncio.run(launch.serve(launched, reporter))
 
 
@@ -145,7 +148,7 @@ def profile(
         engine = EngineConfig(cluster=cluster, limits=LimitsConfig(), dtype=flags.dtype_of(dtype))
         _use_platform(platform, engine)
         with ConsoleReporter() as reporter:
-            profile_engine(model, engine, out, _cache_folder(cache_dir), reporter)
+            profile_engine(model, engine, out, flags.cache_folder(cache_dir), reporter)
 
 
 @app.command()
@@ -168,7 +171,7 @@ def worker(
             process_id,
             lambda config: _use_platform(platform, config),
             reporter,
-            _cache_folder(cache_dir),
+            flags.cache_folder(cache_dir),
         )
 
 
@@ -354,21 +357,18 @@ def _launch_config(options: Mapping[str, Any]) -> LaunchConfig:
         coordinator=options["coordinator"],
         refit=flags.refits(options["refit"], platform),
     )
-    listening = {name: options[name] for name in ("host", "port", "drain_s", "stall_s")}
-    server = ServerConfig(**listening)
+    server = ServerConfig(**{name: options[name] for name in ("host", "port", "drain_s", "stall_s")})
+    given = ("event_log", "cost", "profile_dir", "max_model_len", "otlp_traces_endpoint")
     return LaunchConfig(
         model,
         engine,
         server,
-        _cache_folder(options["cache_dir"]),
-        options["event_log"],
-        options["control"],
-        options["cost"],
-        _with_options(flags.http_config, options),
-        _with_options(access_flags.access_config, options),
-        flags.served_name(model, options["served_model_name"]),
-        options["profile_dir"],
-        options["max_model_len"],
+        flags.cache_folder(options["cache_dir"]),
+        control_address=options["control"],
+        http=_with_options(flags.http_config, options),
+        access=_with_options(access_flags.access_config, options),
+        model_name=flags.served_name(model, options["served_model_name"]),
+        **{name: options[name] for name in given},
     )
 
 
@@ -381,10 +381,6 @@ def _read(path: Path | None) -> str:
     if path is None or str(path) == "-":
         return sys.stdin.read()
     return path.read_text(encoding="utf-8")
-
-
-def _cache_folder(text: str) -> Path | None:
-    return None if text == "none" else Path(text).expanduser()
 
 
 def _use_platform(platform: str, engine: EngineConfig) -> None:

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from serving.logs import set_up, tell
+
+_log = logging.getLogger(__name__)
 _LINE_S = 5.0
 """Between two lines about progress, where there is no terminal."""
 
@@ -19,9 +22,13 @@ _LINE_S = 5.0
 class ConsoleReporter:
     """Reporter on standard error: lines, and progress bars where there is a terminal."""
 
+    def __init__(self, log_format: str = "text", log_level: str = "info") -> None:
+        """`log_format` "json": also what is said is a line of log."""
+        self._json = log_format == "json"
+        self._set_up = lambda: set_up(log_format, log_level)
+
     def __enter__(self) -> ConsoleReporter:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("jax").setLevel(logging.WARNING)
+        self._set_up()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -29,6 +36,7 @@ class ConsoleReporter:
             TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
+            disable=self._json,
         )
         self._progress.start()
         self._start_s = time.monotonic()
@@ -38,6 +46,8 @@ class ConsoleReporter:
         self._progress.stop()
 
     def say(self, message: str) -> None:
+        if self._json:
+            return tell(_log, logging.INFO, message)
         self._progress.console.print(
             f"[{time.monotonic() - self._start_s:7.1f} s] {message}", markup=False, highlight=False
         )

@@ -23,6 +23,7 @@ from loong_jax.grammar import GrammarError, Grammars, is_available
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
 from loong_jax.types import AnyCommand, AnyEvent, Phase, Program, ProgramReady
+from serving.decision_log import DecisionLog
 from serving.loop import EngineLoop, ExecutorLike
 from serving.sampling_params import SamplingLimits
 from serving.state import EngineState
@@ -126,6 +127,7 @@ class Engine:
             manager,
             state,
             event_log=log,
+            decisions=DecisionLog(),
             on_ready=self._ready,
             on_crash=on_crash,
         )
@@ -173,8 +175,10 @@ def for_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     return msgspec.structs.replace(config, cluster=cluster, structured=is_available())
 
 
-def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationLimits:
-    """`cluster` as `for_model` made it."""
+def validation_limits(model: ModelConfig, cluster: ClusterConfig, max_model_len: int | None = None) -> ValidationLimits:
+    """`cluster` as `for_model` made it; `max_model_len` None: the model's. Raises ConfigError."""
+    if max_model_len is not None and max_model_len > model.context_length:
+        raise ConfigError(f"max-model-len: the model's context ends at {model.context_length} tokens")
     pool_tokens = cluster.pool_tokens
     if cluster.kv_needed(model.context_length) <= pool_tokens:  # nothing, or a window moves along
         pool_tokens = max(pool_tokens, model.context_length)
@@ -185,7 +189,7 @@ def validation_limits(model: ModelConfig, cluster: ClusterConfig) -> ValidationL
             max_top=min(cluster.max_top, model.vocab_size),
         ),
         scores_prompts=bool(cluster.ladder.score_tokens),
-        max_position=model.context_length,
+        max_position=max_model_len or model.context_length,
         pool_tokens=pool_tokens,
         eos_ids=model.eos_ids,
     )

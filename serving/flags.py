@@ -15,6 +15,7 @@ import typer
 from loong_jax.config import ClusterConfig, ConfigError, LadderConfig, LimitsConfig, ladder_for
 from loong_jax.policy import POLICIES
 from serving.http.config import HttpConfig
+from serving.logs import FORMATS, LEVELS
 
 Model = Annotated[
     Path,
@@ -122,6 +123,15 @@ StallS = Annotated[
 ]
 ProfileDir = Annotated[
     Path | None, typer.Option(help="Folder for profiles that StartProfile asks for. Default: none are made.")
+]
+LogFormat = Annotated[str, typer.Option(help=f"Lines of log: {' or '.join(FORMATS)}.")]
+LogLevel = Annotated[str, typer.Option(help=f"Lines of at least this level: {', '.join(LEVELS)}.")]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-traces-endpoint",
+        help="URL of an OpenTelemetry collector for spans (OTLP, gRPC), as in http://localhost:4317. Default: none.",
+    ),
 ]
 NumProcesses = Annotated[
     int,
@@ -252,6 +262,16 @@ def refits(refit: str, platform: str) -> bool:
     """Groups of virtual devices run one after the other: how long one takes says little of it alone. Raises
     ConfigError."""
     return one_of("refit", refit, "auto", "on", "off") == "on" or (refit == "auto" and platform != "cpu")
+
+
+def log_lines(log_format: str, log_level: str) -> tuple[str, str]:
+    """Raises ConfigError."""
+    return one_of("log-format", log_format, *FORMATS), one_of("log-level", log_level, *LEVELS)
+
+
+def cache_folder(text: str) -> Path | None:
+    """None: nothing is kept."""
+    return None if text == "none" else Path(text).expanduser()
 
 
 def dtype_of(dtype: str) -> str | None:

@@ -12,11 +12,12 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from loong_jax.types import Adjustment
+from serving import context
 from serving.deadlines import Deadlines
 from serving.errors import (
     DuplicateRequest,
@@ -28,9 +29,10 @@ from serving.errors import (
     UnknownRequest,
 )
 from serving.loop import EngineLoop
+from serving.observers import Observers
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.sampling_params import MAX_SEED
-from serving.stream import RequestStream, StreamObserver, StreamStart
+from serving.stream import RequestStream, StreamStart
 from serving.structured import StructuredOutputs
 from serving.tokenizer import Tokenizer
 from serving.validation import (
@@ -56,16 +58,6 @@ class Admitted(NamedTuple):
     token_ids: Sequence[int]  # the prompt's
 
 
-class Observer(Protocol):
-    """Keeps count of requests, for metrics."""
-
-    def stream(self, request: pb.GenerateRequest, arrived_us: int, num_prompt_tokens: int) -> StreamObserver:
-        """A choice of the request is about to be handed in; it arrived at `arrived_us` of the engine's clock."""
-        ...
-
-    def refused(self, refusal: Refusal) -> None: ...
-
-
 class Generator:
     """Generation over an EngineLoop. All methods belong to one asyncio loop."""
 
@@ -80,8 +72,8 @@ class Generator:
         self._deadlines = deadlines
         self.tokenizer = tokenizer
         self.limits = limits
-        self.observer: Observer | None = None
         self.structured = StructuredOutputs("the engine is loading", limits.structured)
+        self.observers = Observers()
         self.refusing: str | None = "the server is warming up"
         """Why new requests are refused now, None when they are not."""
         self._loop = loop
@@ -117,6 +109,7 @@ class Generator:
             )
             self.check_serving()
             request_id = ask.request_id or uuid.uuid4().hex
+            context.request_id.set(request_id)
             if request_id in self._running:
                 raise DuplicateRequest(f"request_id: {request_id!r} is running")
             self._running[request_id] = range(0)
@@ -125,8 +118,7 @@ class Generator:
             finally:
                 del self._running[request_id]
         except Refusal as refusal:
-            if self.observer is not None:
-                self.observer.refused(refusal)
+            self.observers.refused(refusal)
             raise
 
     @property
@@ -235,6 +227,7 @@ class Generator:
             adjustment=adjustment,
             num_prompt_top=ask.num_prompt_top,
             choices=[(msgspec.structs.replace(ask.sampling, seed=stream.seed), stream) for stream in others],
+            name=request_id,
         )
         self._running[request_id] = range(number, number + len(streams))
         try:
@@ -267,7 +260,7 @@ class Generator:
                 ),
                 self.tokenizer.detokenizer(token_ids) if self.tokenizer is not None else None,
                 ask.stop,
-                self.observer.stream(request, arrived_us, len(token_ids)) if self.observer is not None else None,
+                self.observers.stream(request, arrived_us, len(token_ids)),
             )
             for choice in range(ask.num_choices)
         ]

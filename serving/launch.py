@@ -26,11 +26,14 @@ from serving.cluster import CompletionMerger, ControlServer, FanOutExecutor
 from serving.deadlines import Deadlines
 from serving.device_trace import DeviceTrace
 from serving.engine import Engine, EngineConfig, Loaded, LocalExecutor
+from serving.generator import Generator
 from serving.http.config import HttpConfig
 from serving.loop import ExecutorLike
+from serving.request_log import RequestLog
 from serving.server import LoongServer, ServerConfig
 from serving.structured import StructuredLimits, StructuredOutputs
 from serving.tokenizer import Tokenizer
+from serving.tracing import Tracer, otlp_tracer
 from serving.worker import run_worker
 
 if TYPE_CHECKING:
@@ -45,7 +48,8 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     """One serving process. `control_address`: where workers join, with several processes. `cost`: a file of loong
     profile; None: a cost model that claims no numbers. `http` None: gRPC only. `access` is for both listeners.
     `profile_dir`: for profiles that operators ask for; None: there are none.
-    `max_model_len`: the longest prompt and answer together, in tokens; None: the model's."""
+    `max_model_len`: the longest prompt and answer together, in tokens; None: the model's.
+    `otlp_traces_endpoint`: where spans go; None: nowhere."""
 
     directory: Path
     engine: EngineConfig
@@ -59,6 +63,7 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     model_name: str = "loong"
     profile_dir: Path | None = None
     max_model_len: int | None = None
+    otlp_traces_endpoint: str | None = None
 
 
 class Reporter(Protocol):
@@ -147,7 +152,7 @@ class _Leader:
             on_ready=lambda: self._tell(self._ready),
             on_crash=lambda message: self._tell(self._lost, message),
         )
-        limits = engines.validation_limits(model, config.engine.cluster)
+        limits = engines.validation_limits(model, config.engine.cluster, config.max_model_len)
         self._server = LoongServer(
             engine.loop,
             tokenizer,
@@ -159,11 +164,8 @@ class _Leader:
             access=access,
             tls=tls,
         )
-        if config.max_model_len is not None:
-            if config.max_model_len > limits.max_position:
-                raise ConfigError(f"max-model-len: the model's context ends at {limits.max_position} tokens")
-            limits = msgspec.structs.replace(limits, max_position=config.max_model_len)
-        self._server = LoongServer(engine.loop, tokenizer, limits, config.server, access=access, tls=tls)
+        tracer = None if config.otlp_traces_endpoint is None else otlp_tracer(config.otlp_traces_endpoint)
+        _observe(self._server.generator, engine, tracer)
         self._http = None
         if config.http is not None:
             self._http = _http_server(engine, self._server, config.http, access, tls)
@@ -175,6 +177,8 @@ class _Leader:
                 await self._http.stop()
             await self._server.stop()
             await asyncio.to_thread(engine.loop.close)
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
         self._reporter.say("stopped")
 
     async def _serve(self, engine: Engine, model: ModelConfig) -> None:
@@ -292,6 +296,13 @@ def _http_server(
     except ModuleNotFoundError as error:
         raise ConfigError(f"http-port: needs {error.name}; pip install 'loong-jax[http]'") from None
     return HttpServer(engine.loop, server.generator, config, access=access, tls=tls)
+
+
+def _observe(generator: Generator, engine: Engine, tracer: Tracer | None) -> None:
+    generator.observers.add(RequestLog(engine.loop.now_us))
+    if tracer is not None:
+        tracer.now_us = engine.loop.now_us
+        generator.observers.add(tracer)
 
 
 def _from_process(merger: CompletionMerger, process: int) -> Callable[[AnyEvent], None]:

@@ -82,6 +82,13 @@ class Crashed(NamedTuple):
 SinkItem = Emit | EmitScores | Finish | Reject | Prefilled | Crashed
 
 
+class Decisions(Protocol):
+    """Told of what is decided, in the engine thread."""
+
+    def arrives(self, numbers: Iterable[int], name: str) -> None: ...
+    def saw(self, event: AnyEvent, commands: Sequence[AnyCommand], view: Callable[[], View], now_us: int) -> None: ...
+
+
 class Sink(Protocol):
     """Where one request's output goes. Called in the asyncio thread; Finish, Reject or Crashed comes last."""
 
@@ -103,6 +110,7 @@ class _Arrival(NamedTuple):
 
     events: tuple[Arrived | Forked, ...]
     sinks: tuple[Sink, ...]
+    name: str
 
     @property
     def numbers(self) -> list[int]:
@@ -153,6 +161,7 @@ class EngineLoop:
         state: EngineState,
         *,
         event_log: EventLog | None = None,
+        decisions: Decisions | None = None,
         max_inbox: int = 4096,
         on_ready: Callable[[], None] = lambda: None,
         on_crash: Callable[[str], None] = lambda message: None,
@@ -161,6 +170,7 @@ class EngineLoop:
         self._manager = manager
         self._state = state
         self._event_log = event_log
+        self._decisions = decisions
         self._max_inbox = max_inbox
         self._on_ready = on_ready
         self._on_crash = on_crash
@@ -210,9 +220,10 @@ class EngineLoop:
         adjustment: Adjustment | None = None,
         num_prompt_top: int | None = None,
         choices: Sequence[tuple[Sampling, Sink]] = (),
+        name: str = "",
     ) -> int:
-        """Hand in a request and return its number; `choices` are further answers to its prompt, which have the numbers
-        that follow. Raises a Refusal."""
+        """Hand in a request, `name` in the log, and return its number; `choices` are further answers to its prompt,
+        with the numbers that follow. Raises a Refusal."""
         with self._lock:
             self._check_alive()
             if self._inbox.qsize() >= self._max_inbox:
@@ -224,7 +235,7 @@ class EngineLoop:
                 Forked(request, child, max_tokens, choice, stop_ids, adjustment, len(prompt) // 4)
                 for child, (choice, _) in enumerate(choices, request + 1)
             )
-            self._inbox.put(_Arrival((arrived, *forks), (sink, *(sink for _, sink in choices))))
+            self._inbox.put(_Arrival((arrived, *forks), (sink, *(sink for _, sink in choices)), name))
             return request
 
     def abort(self, request: int) -> None:
@@ -249,12 +260,8 @@ class EngineLoop:
     def progress(self) -> Progress:
         """Read without a lock: each number is right, together they may be of two moments."""
         runs = self._thread.is_alive()
-        return Progress(
-            self._handled,
-            runs and (self._handling or not self._inbox.empty()),
-            self._state.steps_over,
-            self._state.steps_in_flight if runs else 0,
-        )
+        busy = runs and (self._handling or not self._inbox.empty())
+        return Progress(self._handled, busy, self._state.steps_over, self._state.steps_in_flight if runs else 0)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop the thread, after the events posted so far. Requests still running end as crashed."""
@@ -298,6 +305,8 @@ class EngineLoop:
             return self._answer(item.answer, now_us)
         if type(item) is _Arrival:
             self._sinks.update(zip(item.numbers, item.sinks, strict=True))
+            if self._decisions:
+                self._decisions.arrives(item.numbers, item.name)
             for event in item.events:
                 self._take(event, now_us)
         else:
@@ -312,6 +321,8 @@ class EngineLoop:
     def _take(self, event: AnyEvent, now_us: int) -> None:
         self._state.saw_event(event, now_us)
         commands = self._handle(event, now_us)
+        if self._decisions is not None:
+            self._decisions.saw(event, commands, self._manager.view, now_us)
         for command in commands:
             self._perform(command, now_us)
         self._outbox.flush()

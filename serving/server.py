@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from serving import jetstream
 from serving.about import Served, loads, models
 from serving.access import Access, TlsFiles
+from serving.context import take_trace_headers
 from serving.deadlines import Deadlines
 from serving.device_trace import DeviceTrace
 from serving.errors import NotPossible, PortTaken, answering
@@ -103,6 +104,8 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         context: grpc.aio.ServicerContext,
         write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
     ) -> None:
+        take_trace_headers(context.invocation_metadata() or ())
+
         async def admitted(admitted: Admitted) -> None:
             await context.send_initial_metadata((("request-id", admitted.request_id),))
 

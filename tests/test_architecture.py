@@ -27,6 +27,7 @@ EXTRAS = {
     "serving/grammar_checker.py": {"llguidance"},
     "loong_jax/sim/picture.py": {"matplotlib"},
     "serving/bench/": {"httpx", "matplotlib"},
+    "serving/tracing.py": {"opentelemetry"},
     "serving/http/": {"prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
 }
 # Files past the limit because their one subject is a long list of records.

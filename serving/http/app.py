@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import loong_jax
+from serving.context import take_trace_headers
 from serving.errors import InvalidField, NotServing, Refusal
 from serving.generator import Admitted, Generator
 from serving.http import errors, translate
@@ -186,6 +187,7 @@ class Api:
     # ---------------------------------------------------------------------------------------------------- bodies
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
+        take_trace_headers(request.headers.items())
         body = decoded(await self._bodies.receive(request), kind)
         model = getattr(body, "model", None)
         if model is not None:
@@ -195,8 +197,8 @@ class Api:
     async def _refused(self, request: Request, refusal: Exception) -> Response:
         """What is refused before the generator, which counts the rest, has seen it."""
         assert isinstance(refusal, Refusal)
-        if request.method == "POST" and self._generator.observer is not None:
-            self._generator.observer.refused(refusal)
+        if request.method == "POST":
+            self._generator.observers.refused(refusal)
         return _refusal(refusal)
 
     def _check_model(self, name: str) -> None:

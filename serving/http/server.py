@@ -51,7 +51,7 @@ class HttpServer:
         self._config = config
         limits = generator.limits
         requests = RequestMetrics(limits.max_context_tokens)
-        generator.observer = requests
+        generator.observers.add(requests)
         metrics = Metrics(loop.ask_state, requests, model_name=config.model_name, pool_tokens=limits.pool_tokens)
         app = Api(generator, config, metrics.scrape).app()
         self._server = _Server(

@@ -56,7 +56,7 @@ class Gathered:
 
 async def generate(live: Live, *, observer=None, **fields) -> Gathered:
     gathered = Gathered()
-    live.server.generator.observer = observer
+    live.server.generator.observers.add(observer)
     await live.server.generator.generate(generate_request(PROMPT, **fields), gathered.admit, gathered.write)
     return gathered
 
