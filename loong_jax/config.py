@@ -189,7 +189,8 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     instance can hold (shared pages have one entry per request); `slots`: requests alive at once; `adjust_tokens`: most
     tokens of one request whose logits may be biased, banned, or penalised for their number; `max_top`: most likeliest
     tokens reported for a position; `kv_window`: that of the model, where every layer has one: KV further back is
-    dropped (0: all is kept); `attention`: "pallas": kernels where the platform has them; "reference": pure JAX alone.
+    dropped (0: all is kept); `attention`: "pallas": kernels where the platform has them; "reference": pure JAX alone;
+    `kernel_sizes`: the text of a file of `scripts/tune_kernels.py` (empty: what heuristics choose).
     """
 
     num_instances: int
@@ -204,6 +205,7 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     max_top: int = 20
     kv_window: int = 0
     attention: str = "pallas"
+    kernel_sizes: str = ""
 
     def __post_init__(self) -> None:
         _require(self.num_instances >= 1, "num_instances", "must be positive")

@@ -14,7 +14,9 @@ from jaxtyping import Array, Int
 
 from loong_jax.config import ClusterConfig, ModelConfig
 
-LANES = 128  # TPU tiles the minor dimension by this; a narrower pool would be copied whole by the compiler
+# What the pool's minor dimension is a multiple of. TPU tiles it by that, and a narrower pool would be copied whole; GPU
+# kernels swizzle shared memory over so many elements. As `pallas_kernels` says: chips.LANES, hopper.SWIZZLE_DIM.
+POOL_DIM_UNIT = {"tpu": 128, "gpu": 64}
 
 
 Leaf = TypeVar("Leaf")
@@ -42,9 +44,8 @@ def storage_dtype(model: ModelConfig, platform: str) -> jnp.dtype:
 
 
 def pool_dim(model: ModelConfig, platform: str) -> int:
-    if platform == "tpu":
-        return -(-model.head_dim // LANES) * LANES
-    return model.head_dim
+    unit = POOL_DIM_UNIT.get(platform, 1)
+    return -(-model.head_dim // unit) * unit
 
 
 def state_structs(

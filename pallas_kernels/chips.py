@@ -51,11 +51,16 @@ def chip_of(device_kind: str) -> Chip:
     return next((chip for chip in CHIPS if device_kind in chip.device_kinds), UNKNOWN)
 
 
-def current_chip() -> Chip:
-    """The chip that a program traced now is for.
+def current_device_kind() -> str:
+    """The device that a program traced now is for, as JAX names its kind.
 
-    It is that of the mesh in force, which may be of a topology that is not at hand; outside a mesh, of this process's
+    It is that of the mesh in force, which may be of a topology that is not at hand; outside a mesh, this process's
     default device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return chip_of(device.device_kind if device is not None else jax.devices()[0].device_kind)
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
+def current_chip() -> Chip:
+    """The chip that a program traced now is for."""
+    return chip_of(current_device_kind())

@@ -81,6 +81,7 @@ def serve(
     prefill_buckets: flags.PrefillBuckets = "auto",
     decode_buckets: flags.DecodeBuckets = "auto",
     attention: flags.Attention = "pallas",
+    kernel_sizes: flags.KernelSizes = None,
     warm_up: flags.WarmUp = "minimal",
     policy: flags.PolicyName = "elastic",
     platform: flags.Platform = "default",
@@ -132,6 +133,7 @@ def profile(
     prefill_buckets: flags.PrefillBuckets = "auto",
     decode_buckets: flags.DecodeBuckets = "auto",
     attention: flags.Attention = "pallas",
+    kernel_sizes: flags.KernelSizes = None,
     platform: flags.Platform = "default",
     cache_dir: flags.CacheDir = "~/.cache/loong",
 ) -> None:

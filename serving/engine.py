@@ -23,6 +23,7 @@ from loong_jax.grammar import GrammarError, Grammars, is_available
 from loong_jax.manager import Manager
 from loong_jax.policy import POLICIES
 from loong_jax.types import AnyCommand, AnyEvent, Phase, Program, ProgramReady
+from pallas_kernels import tuning
 from serving.decision_log import DecisionLog
 from serving.loop import EngineLoop, ExecutorLike
 from serving.sampling_params import SamplingLimits
@@ -66,6 +67,10 @@ class EngineConfig(msgspec.Struct, frozen=True):
             )
         if self.num_processes > 1 and self.coordinator is None:
             raise ConfigError("coordinator: needed with several processes")
+        try:
+            tuning.parse(self.cluster.kernel_sizes)
+        except ValueError as error:
+            raise ConfigError(f"kernel-sizes: {error}") from None
 
     @property
     def owners(self) -> tuple[int, ...]:

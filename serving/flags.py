@@ -52,6 +52,9 @@ RingTokens = Annotated[int, typer.Option(min=1, help="Tokens of a context tile t
 Attention = Annotated[
     str, typer.Option(help="'pallas': kernels where the platform has them. 'reference': attention in pure JAX.")
 ]
+KernelSizes = Annotated[
+    Path | None, typer.Option(help="Sizes of kernels as scripts/tune_kernels.py measured them. Default: by heuristics.")
+]
 MaxRunning = Annotated[
     int,
     typer.Option("--max-running", "--max-num-seqs", "--max-running-requests", min=1, help="Requests running at once."),
@@ -194,6 +197,7 @@ PromptLogprobs = Annotated[int | None, typer.Option(help="Print the prompt's tok
 CPU_LADDER = LadderConfig(prefill_tokens=(512,), decode_rows=(8,), score_tokens=(512,))
 CPU_LADDER_OF_FEW = LadderConfig(prefill_tokens=(512, 2048), decode_rows=(1, 8, 32), score_tokens=(512,))
 FEW_INSTANCES = 2
+MAX_FILE_CHARACTERS = 1 << 20
 
 
 def cluster_config(
@@ -209,6 +213,7 @@ def cluster_config(
     prefill_buckets: str,
     decode_buckets: str,
     attention: str = "pallas",
+    kernel_sizes: Path | None = None,
 ) -> ClusterConfig:
     """Raises ConfigError."""
     if instances < 1:
@@ -235,6 +240,7 @@ def cluster_config(
         pages_per_instance=-(-pool_tokens // (instances * page_tokens)),
         ring_tokens=ring_tokens,
         attention=one_of("attention", attention, "pallas", "reference"),
+        kernel_sizes=_text_of("kernel-sizes", kernel_sizes) if kernel_sizes else "",
         slots=max_running,
         ladder=ladder,
     )
@@ -303,6 +309,18 @@ def biases(texts: Sequence[str]) -> dict[int, float]:
         return {int(token): float(bias) for token, bias in pairs}
     except ValueError:
         raise ConfigError(f"logit-bias: {' '.join(texts)!r} is not made of pairs such as 17=-100") from None
+
+
+def _text_of(flag: str, path: Path) -> str:
+    """A small file. Raises ConfigError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_FILE_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag}: {str(path)[:300]!r} can not be read: {error}") from None
+    if len(text) > MAX_FILE_CHARACTERS:
+        raise ConfigError(f"{flag}: {str(path)[:300]!r} has more than {MAX_FILE_CHARACTERS} characters")
+    return text
 
 
 def one_of(flag: str, value: str, *allowed: str) -> str:

@@ -51,7 +51,7 @@ def decode_attention(
         part = paged_partial(
             q[:, None], position[:, None], kv_pages, layer, table, start, length,
             scale=model.attention_scale, window=layer_window(model, layer), soft_cap=model.attn_soft_cap,
-            platform=shape.platform, implementation=shape.attention,
+            platform=shape.platform, implementation=shape.attention, tuning=shape.tuning,
         )  # fmt: skip
         return Partial(part.out[:, 0], part.lse[:, 0])
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 
 from loong_jax.config import ClusterConfig
 from loong_jax.types import Phase, Program
+from pallas_kernels.tuning import Tuning, parse
 
 
 class Layout(NamedTuple):
@@ -59,6 +60,7 @@ class StepShape(NamedTuple):
     num_deltas: int  # page-table updates one step can carry
     platform: str  # what it is compiled for, which need not be at hand
     attention: str | None  # the implementation of attention; None: the best that serves the platform
+    tuning: Tuning  # measured sizes of kernels
     scores: bool  # a prefill that gives log-probabilities of what it computes
     vocab_size: int
     num_adjust: int  # tokens of one row whose logits may be changed one by one
@@ -90,6 +92,7 @@ def step_shape(program: Program, cluster: ClusterConfig, platform: str, vocab_si
         num_deltas=2 * per_step + 32,
         platform=platform,
         attention="blockwise" if cluster.attention == "reference" else None,
+        tuning=parse(cluster.kernel_sizes),
         scores=program.phase is Phase.SCORE,
         vocab_size=vocab_size,
         num_adjust=min(cluster.adjust_tokens, vocab_size),

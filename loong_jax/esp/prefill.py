@@ -158,7 +158,7 @@ def _attend_gathered(
         part = paged_partial(
             q_rows, q_pos, kv_pages, layer, context.table, context.start[row], length,
             scale=model.attention_scale, window=layer_window(model, layer), soft_cap=model.attn_soft_cap,
-            platform=shape.platform, implementation=shape.attention,
+            platform=shape.platform, implementation=shape.attention, tuning=shape.tuning,
         )  # fmt: skip
         part = Partial(part.out.reshape(-1, heads, dim), part.lse.reshape(-1, heads))
         if dop > 1:
@@ -192,7 +192,7 @@ def prefill_attention(fields: dict[str, jax.Array], context: Context, model: Mod
             part = flash_partial(
                 q, block.k, block.v, mask.row, mask.position, kv_mask.row, kv_mask.position,
                 scale=model.attention_scale, window=window, soft_cap=model.attn_soft_cap,
-                platform=shape.platform, implementation=shape.attention,
+                platform=shape.platform, implementation=shape.attention, tuning=shape.tuning,
             )  # fmt: skip
             return merge(partial, part), keep_pages(kv_pages, layer, block, shape)
 

@@ -6,19 +6,22 @@ computed from (request, position) of both sides. What it is not: the ring around
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.chips import current_device_kind
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.flash_partial import blockwise, reference, tpu
+from pallas_kernels.flash_partial import blockwise, gpu, reference, tpu
 from pallas_kernels.partial import Partial
+from pallas_kernels.tuning import Tuning, tuned
 
 IMPLEMENTATIONS = {
     "tpu": tpu.flash_partial,
+    "gpu": gpu.flash_partial,
     "blockwise": blockwise.flash_partial,
     "reference": reference.flash_partial,
 }
 ORDER = {
     "cpu": ("blockwise", "reference"),
     "tpu": ("tpu", "blockwise", "reference"),
-    "gpu": ("blockwise", "reference"),
+    "gpu": ("gpu", "blockwise", "reference"),
 }
 
 
@@ -36,6 +39,7 @@ def flash_partial(
     soft_cap: float | None = None,
     platform: str | None = None,
     implementation: str | None = None,
+    tuning: Tuning = (),
 ) -> Partial:
     """Attention of every query token over the keys it can see, `out f32[tok, head, dim]`, `lse f32[tok, head]`.
 
@@ -45,9 +49,13 @@ def flash_partial(
     `head` is a multiple of `kvh`: query head `h` reads KV head `h // (head // kvh)`.
 
     scale: factor of q . k. window: static or data. soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
-    platform, implementation: see `dispatch`. Errors: `ExceptionGroup` of `NotImplementedError` when none serves.
+    platform, implementation: see `dispatch`. tuning: measured sizes, see `tuning.py`.
+    Errors: `ExceptionGroup` of `NotImplementedError` when none serves.
     """
+    shape = {"tok": q.shape[0], "ctx": k.shape[0], "group": q.shape[1] // k.shape[1], "dim": q.shape[2]}
+    chip = current_device_kind() if tuning else ""
+    implementations = tuned(IMPLEMENTATIONS, tuning, chip, "flash_partial", shape)
     return dispatch(
-        "flash_partial", IMPLEMENTATIONS, ORDER, q, k, v, q_req, q_pos, kv_req, kv_pos,
+        "flash_partial", implementations, ORDER, q, k, v, q_req, q_pos, kv_req, kv_pos,
         scale=scale, window=window, soft_cap=soft_cap, platform=platform, implementation=implementation,
     )  # fmt: skip

@@ -8,24 +8,15 @@ windows cost what they show. The list of blocks is data: one program serves ever
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.flash_partial.visibility import extents, may_see
+from pallas_kernels.flash_partial.visibility import block_lists, extents, may_see
 from pallas_kernels.partial import Partial
 from pallas_kernels.softmax import finish, fold, start, varying_zero
 
 Q_ROWS = 512
 """Rows of a score tile: block_q * (heads per KV head)."""
 KV_BLOCK = 256
-
-
-def block_lists(seen: Bool[Array, "qblock kvblock"]) -> tuple[Int[Array, "qblock kvblock"], Int[Array, " qblock"]]:
-    """For each query block the indices of its key blocks, first `count` of the row, ascending."""
-    num_q, num_kv = seen.shape
-    place = jnp.where(seen, jnp.cumsum(seen, axis=1) - 1, num_kv)
-    rows = jnp.broadcast_to(jnp.arange(num_q)[:, None], seen.shape)
-    columns = jnp.broadcast_to(jnp.arange(num_kv), seen.shape)
-    return jnp.zeros(seen.shape, jnp.int32).at[rows, place].set(columns, mode="drop"), seen.sum(axis=1)
 
 
 def _blocks(a: Array, size: int, fill: int) -> Array:

@@ -61,3 +61,12 @@ def sees_all(q: Extent, kv: Extent, window: int | Array | None) -> Bool[Array, "
     one_request = (q.low_req == q.high_req) & (kv.low_req == kv.high_req) & (q.low_req == kv.low_req)
     seen = one_request & ~q.padded & ~kv.padded & (kv.max_pos <= q.min_pos)
     return seen if window is None else seen & (q.max_pos - kv.min_pos < window)
+
+
+def block_lists(seen: Bool[Array, "qblock kvblock"]) -> tuple[Int[Array, "qblock kvblock"], Int[Array, " qblock"]]:
+    """For each query block the indices of its key blocks, first `count` of the row, ascending."""
+    num_q, num_kv = seen.shape
+    place = jnp.where(seen, jnp.cumsum(seen, axis=1) - 1, num_kv)
+    rows = jnp.broadcast_to(jnp.arange(num_q)[:, None], seen.shape)
+    columns = jnp.broadcast_to(jnp.arange(num_kv), seen.shape)
+    return jnp.zeros(seen.shape, jnp.int32).at[rows, place].set(columns, mode="drop"), seen.sum(axis=1)

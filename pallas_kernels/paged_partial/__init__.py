@@ -6,19 +6,22 @@ of q and partials between instances (`loong_jax/esp`).
 
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels.chips import current_device_kind
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.paged_partial import blockwise, reference, tpu
+from pallas_kernels.paged_partial import blockwise, gpu, reference, tpu
 from pallas_kernels.partial import Partial
+from pallas_kernels.tuning import Tuning, tuned
 
 IMPLEMENTATIONS = {
     "tpu": tpu.paged_partial,
+    "gpu": gpu.paged_partial,
     "blockwise": blockwise.paged_partial,
     "reference": reference.paged_partial,
 }
 ORDER = {
     "cpu": ("blockwise", "reference"),
     "tpu": ("tpu", "blockwise", "reference"),
-    "gpu": ("blockwise", "reference"),
+    "gpu": ("gpu", "blockwise", "reference"),
 }
 
 
@@ -36,6 +39,7 @@ def paged_partial(
     soft_cap: float | None = None,
     platform: str | None = None,
     implementation: str | None = None,
+    tuning: Tuning = (),
 ) -> Partial:
     """Attention of each row over its own pages, `out f32[row, qtok, head, dim]`, `lse f32[row, qtok, head]`.
 
@@ -45,9 +49,15 @@ def paged_partial(
     without entries and padding give the empty partial. Unused slots, pages and entries may hold anything (also NaN).
     The cost follows the entries that rows have, not the size of the table or of the pool.
 
-    kv_pages: see `storage.py`. layer, window: may be traced. The others as in `flash_partial`.
+    kv_pages: see `storage.py`. layer, window: may be traced. tuning: measured sizes, see `tuning.py`. The
+    others as in `flash_partial`.
     """
+    rows, qtok, heads, dim = q.shape
+    kvh, page_tokens = kv_pages.shape[3:5]
+    shape = {"rows": rows, "qtok": qtok, "group": heads // kvh, "dim": dim, "page_tokens": page_tokens}
+    chip = current_device_kind() if tuning else ""
+    implementations = tuned(IMPLEMENTATIONS, tuning, chip, "paged_partial", shape)
     return dispatch(
-        "paged_partial", IMPLEMENTATIONS, ORDER, q, q_pos, kv_pages, layer, entries, row_start, row_len,
+        "paged_partial", implementations, ORDER, q, q_pos, kv_pages, layer, entries, row_start, row_len,
         scale=scale, window=window, soft_cap=soft_cap, platform=platform, implementation=implementation,
     )  # fmt: skip

@@ -46,8 +46,9 @@ def test_storage_dtype(platform, model, dtype):
 
 
 @pytest.mark.parametrize(("platform", "head_dim", "expected"), [("tpu", 64, 128), ("tpu", 128, 128), ("tpu", 160, 256),
-                                                                ("cpu", 64, 64), ("gpu", 80, 80)])  # fmt: skip
-def test_only_tpu_pads_heads_to_lanes(platform, head_dim, expected):
+                                                                ("cpu", 80, 80), ("gpu", 80, 128),
+                                                                ("gpu", 64, 64)])  # fmt: skip
+def test_heads_are_padded_to_what_kernels_take(platform, head_dim, expected):
     assert pool_dim(msgspec.structs.replace(MODEL, head_dim=head_dim), platform) == expected
 
 

@@ -159,8 +159,14 @@ FLASH_CASES = [
     *[FlashCase(f"bf16 {f.__name__}", f, dtype="bfloat16") for f in (causal, striped, ragged, scattered, future)],
     FlashCase("bf16 long dim 128", chunk, tok=512, ctx=1024, dim=128, dtype="bfloat16"),
     FlashCase("bf16 dim 80, window, soft cap", ragged, dim=80, dtype="bfloat16", window=9, soft_cap=5.0),
+    *[FlashCase(f"bf16 {f.__name__}", f, dtype="bfloat16") for f in (all_padding, padded_keys, strangers)],
+    FlashCase("bf16 long scattered, window", scattered, tok=300, ctx=600, window=150, dtype="bfloat16"),
+    FlashCase("bf16 resident, MQA, dim 96", resident, tok=256, ctx=512, heads=2, kvh=1, dim=96, dtype="bfloat16"),
+    FlashCase("bf16 one query, dim 256", chunk, tok=1, ctx=129, heads=1, kvh=1, dim=256, dtype="bfloat16"),
+    FlashCase("bf16 a million tokens on, MHA", far, tok=128, ctx=512, heads=2, window=2**19, dtype="bfloat16"),
 ]
 
+_HALF = {"dtype": "bfloat16", "storage": "bfloat16"}
 _LONG = {"heads": 1, "kvh": 1, "dim": 16, "num_pages": 256, "repeat": True}
 PAGED_CASES = [
     PagedCase("one row", (100,)),
@@ -175,7 +181,10 @@ PAGED_CASES = [
     PagedCase("gather-q", (100, 0, 333), qtok=16),
     PagedCase("gather-q behind, gaps", (100, 40, 333), qtok=16, behind=25, gaps=True),
     PagedCase("gather-q of odd size", (50, 70), qtok=5),
-    *[PagedCase(f"page {p}", (70, 0, 33), page_tokens=p, num_pages=112, num_entries=128) for p in (1, 2, 8, 64, 128)],
+    *[
+        PagedCase(f"page {p}", (70, 0, 33), page_tokens=p, num_pages=112, num_entries=128)
+        for p in (1, 2, 4, 8, 32, 64, 128)
+    ],
     PagedCase("thousands of entries", (3000, 0, 500), page_tokens=1, num_pages=4096, num_entries=9000),
     PagedCase("window of one", (100, 30), window=1),
     PagedCase("window", (400, 30, 600), window=70, num_pages=128),
@@ -191,6 +200,12 @@ PAGED_CASES = [
     PagedCase("bits, gaps", (100, 60, 333), dtype="bfloat16", storage="uint16", gaps=True, pool_dim=128),
     PagedCase("bits, gather-q", (100, 0, 333), dtype="bfloat16", storage="uint16", qtok=16, behind=20),
     PagedCase("bits, f32 queries", (100, 50), storage="uint16"),
+    *[PagedCase(f"bf16 page {p}", (70, 0, 33), page_tokens=p, **_HALF) for p in (8, 64, 128)],
+    PagedCase("bf16 gather-q, gaps, window", (200, 60), qtok=8, behind=25, gaps=True, window=33, **_HALF),
+    PagedCase("bf16 soft cap, dim 80, MHA", (100, 40), heads=2, dim=80, soft_cap=2.0, **_HALF),
+    PagedCase("bf16 dim 96, lanes", (100, 40), dim=96, pool_dim=128, **_HALF),
+    PagedCase("bf16 dim 256, MQA, a page of queries", (100, 40), kvh=1, heads=8, dim=256, qtok=16, **_HALF),
+    PagedCase("bf16 queries before all", (100, 30), behind=1000, **_HALF),
     PagedCase("rows of one request", (100, 0, 333, 20), qtok=16, rows=5, behind=60),
     PagedCase("rows of one request, gaps, window", (200, 90), qtok=8, rows=9, behind=40, window=50, gaps=True),
     *[PagedCase(f"dim {d}", (100, 40), dim=d) for d in (96, 256)],
@@ -200,6 +215,7 @@ PAGED_CASES = [
     PagedCase("page 128, gather-q", (700, 0, 130), page_tokens=128, qtok=128, behind=90),
     PagedCase("1M tokens, window", (2**20 - 5, 0, 77), window=300, num_entries=2**16 + 99, **_LONG),
     PagedCase("1M tokens", (2**20 - 5, 0, 77), page_tokens=128, num_entries=2**13 + 99, **_LONG),
+    PagedCase("bf16 1M tokens, window", (2**20 - 5, 0, 77), window=300, num_entries=2**16 + 99, **_LONG, **_HALF),
     PagedCase("128 rows x 8K pages", (2**13 - 3,) * 128, page_tokens=1, window=99, num_entries=2**20, **_LONG),
 ]
 

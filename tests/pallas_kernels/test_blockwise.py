@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import flash_partial as flash
 from pallas_kernels import paged_partial as paged
-from pallas_kernels.flash_partial import blockwise
 from pallas_kernels.paged_partial.blockwise import STEP_BYTES
 from pallas_kernels.partial import Partial
 from tests.pallas_kernels import cases
@@ -18,13 +17,6 @@ from tests.pallas_kernels.test_conformance import check
 
 FLASH = cases.FlashCase("nested", cases.striped, tok=96, ctx=128)
 PAGED = cases.PagedCase("nested", (100, 0, 33), gaps=True)
-
-
-def test_block_lists_name_the_seen_blocks():
-    seen = np.random.default_rng(0).random((7, 9)) < 0.4
-    lists, counts = blockwise.block_lists(jnp.asarray(seen))
-    for row in range(7):
-        np.testing.assert_array_equal(lists[row, : counts[row]], np.flatnonzero(seen[row]))
 
 
 def call_flash(arrays):

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import flash_partial as flash
 from pallas_kernels import paged_partial as paged
 from pallas_kernels.chips import LANES
+from pallas_kernels.hopper import MIN_JAX, SWIZZLE_DIM
 from pallas_kernels.partial import NEG, Partial
 from tests.pallas_kernels import cases
 
@@ -27,6 +29,13 @@ def paged_on_tpu(kv_pages: jax.Array, **kwargs) -> Partial:
     """The TPU kernel in TPU's interpreter, over a pool as TPU has it: padded with zeros to lanes."""
     kv_pages = jnp.pad(kv_pages, [(0, 0)] * 5 + [(0, -kv_pages.shape[-1] % LANES)])
     return paged.IMPLEMENTATIONS["tpu"](kv_pages=kv_pages, **kwargs, interpret=pltpu.InterpretParams())
+
+
+def paged_on_gpu(kv_pages: jax.Array, **kwargs) -> Partial:
+    """The GPU kernel in GPU's interpreter, over a pool as GPUs have it: padded with zeros to what a tile takes."""
+    kv_pages = jnp.pad(kv_pages, [(0, 0)] * 5 + [(0, -kv_pages.shape[-1] % SWIZZLE_DIM)])
+    interpret = plgpu.InterpretGPUParams()
+    return paged.IMPLEMENTATIONS["gpu"](kv_pages=kv_pages, **kwargs, interpret=interpret, shares=2)
 
 
 FLASH = {
@@ -41,12 +50,23 @@ PAGED = {
 }
 """The functions to test; kernels are interpreted, in small blocks so that there are several."""
 
+if jax.__version_info__ >= MIN_JAX:  # on older ones they refuse everything: `test_gpu.py`
+    FLASH["gpu"] = partial(flash.IMPLEMENTATIONS["gpu"], interpret=plgpu.InterpretGPUParams())
+    PAGED["gpu"] = paged_on_gpu
+
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """For interpreted kernels, which spend most of their time there."""
 
 UNSUPPORTED: dict[tuple[str, str], frozenset[str]] = {
     # pages of few tokens are read as rows of the pool; for these that would be a copy of it
     ("paged_partial", "tpu"): frozenset({"page 3", "dim 256, page 2"}),
+    # wgmma has no float32, TMA no pages of less than a tile of shared memory
+    ("flash_partial", "gpu"): frozenset(case.name for case in cases.FLASH_CASES if case.dtype != "bfloat16"),
+    ("paged_partial", "gpu"): frozenset(
+        case.name
+        for case in cases.PAGED_CASES
+        if "float32" in (case.dtype, case.storage) or case.page_tokens not in (8, 16, 32, 64, 128)
+    ),
 }
 """(op, implementation) -> names of the cases it refuses."""
 
@@ -57,7 +77,9 @@ QUICK = {
             "page 128", "window", "soft cap", "MHA", "dim 96", "dim 256", "dim 256, page 2", "bits, gaps",
             "rows of one request, gaps, window", "1M tokens, window",
         }
-    )
+    ),
+    ("flash_partial", "gpu"): frozenset({"bf16 striped", "bf16 dim 80, window, soft cap", "bf16 one query, dim 256"}),
+    ("paged_partial", "gpu"): frozenset({"bits", "bf16 page 8", "bf16 gather-q, gaps, window"}),
 }  # fmt: skip
 """(op, implementation) -> names of the cases outside the slow leg, of one that takes seconds for each."""
 
@@ -107,8 +129,7 @@ def run(op: str, table: dict, implementation: str, case, inputs: dict) -> Partia
     return function(inputs)
 
 
-@pytest.mark.parametrize("implementation", FLASH)
-@pytest.mark.parametrize("case", cases.FLASH_CASES, ids=lambda c: c.name)
+@grid("flash_partial", FLASH, cases.FLASH_CASES)
 def test_flash_partial(case: cases.FlashCase, implementation: str):
     inputs = cases.flash_inputs(case)
     got = run("flash_partial", FLASH, implementation, case, inputs)
@@ -123,7 +144,9 @@ def test_a_window_may_be_data():
         (FLASH, flash_case, cases.flash_inputs(flash_case)),
         (PAGED, paged_case, cases.paged_inputs(paged_case)),
     ):
-        for function in table.values():
+        for name, function in table.items():
+            if name == "gpu":  # no float32; there a window is data in any case
+                continue
             options = {"scale": case.dim**-0.5, "soft_cap": case.soft_cap}
             traced = jax.jit(lambda kw, window, f=function, o=options: f(**kw, **o, window=window))
             static = jax.jit(lambda kw, f=function, o=options, w=case.window: f(**kw, **o, window=w))

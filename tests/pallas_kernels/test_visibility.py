@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_partial.visibility import extents, may_see, sees_all
+from pallas_kernels.flash_partial.visibility import block_lists, extents, may_see, sees_all
 from tests.pallas_kernels import cases
 
 
@@ -52,3 +52,10 @@ def test_no_visible_block_is_skipped_in_any_order(seed):
     q_req, kv_req = np.sort(q_req), np.roll(np.sort(kv_req), seed)
     for window in (None, 9):
         seen_blocks((q_req, q_pos), (kv_req, kv_pos), 4, window)
+
+
+def test_block_lists_name_the_seen_blocks():
+    seen = np.random.default_rng(0).random((7, 9)) < 0.4
+    lists, counts = block_lists(jnp.asarray(seen))
+    for row in range(7):
+        np.testing.assert_array_equal(lists[row, : counts[row]], np.flatnonzero(seen[row]))

@@ -64,6 +64,17 @@ def test_bad_flags(change, words):
         cluster_config(**{**GOOD, **change})
 
 
+def test_kernel_sizes_are_read_from_their_file(tmp_path):
+    path = tmp_path / "sizes.json"
+    path.write_text("[]\n")
+    assert cluster_config(**GOOD, kernel_sizes=path).kernel_sizes == "[]\n"
+    with pytest.raises(ConfigError, match="kernel-sizes: .*missing.json.* can not be read"):
+        cluster_config(**GOOD, kernel_sizes=tmp_path / "missing.json")
+    path.write_text(" " * ((1 << 20) + 1))
+    with pytest.raises(ConfigError, match="kernel-sizes: .* has more than 1048576 characters"):
+        cluster_config(**GOOD, kernel_sizes=path)
+
+
 def test_numbers_and_choices():
     assert numbers("x", "1, 2,3") == (1, 2, 3)
     assert one_of("x", "a", "a", "b") == "a"
