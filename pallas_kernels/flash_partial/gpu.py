@@ -10,7 +10,7 @@ rules; it is compiled, and has never run. What it is not: a kernel for float32 o
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -292,12 +292,13 @@ def flash_partial(
     block_kv: int | None = None,
     stages: int | None = None,
     weights_in_registers: bool = False,
-    interpret: "bool | plgpu.InterpretGPUParams" = False,
+    interpret: Any = False,
 ) -> Partial:
     """See `pallas_kernels.flash_partial`.
 
     block_kv: keys of a block, a multiple of 64; stages: blocks in shared memory at once; instead of the heuristic's.
-    weights_in_registers: the form that has never run. interpret: run it in JAX, on CPU. Errors: NotImplementedError
+    weights_in_registers: the form that has never run. interpret: run it in JAX, on CPU, by these InterpretGPUParams.
+    Errors: NotImplementedError
     for dtypes, dims and versions of jax it does not serve, ValueError for other sizes.
     """
     require_jax()

@@ -9,7 +9,7 @@ interpreter and been compiled for H200, no more. What it is not: a writer of pag
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,12 +138,13 @@ def paged_partial(
     block_pages: int | None = None,
     stages: int | None = None,
     shares: int | None = None,
-    interpret: "bool | plgpu.InterpretGPUParams" = False,
+    interpret: Any = False,
 ) -> Partial:
     """See `pallas_kernels.paged_partial`.
 
     block_pages, stages: sizes (see `Plan`), and shares: into how many items the context of all rows is cut, at least,
-    instead of the heuristic's. interpret: run it in JAX, on CPU. Errors: NotImplementedError for dtypes, page sizes,
+    instead of the heuristic's. interpret: run it in JAX, on CPU, by these InterpretGPUParams.
+    Errors: NotImplementedError for dtypes, page sizes,
     dims and versions of jax it does not serve, ValueError for other sizes.
     """
     kv_pages = decode_bits(kv_pages)
@@ -193,7 +194,7 @@ def _call(
     entries: Int[Array, "entry 3"],
     tiles: Float[Array, "row kvh query pool_dim"],
     pool: Float[Array, "page page_tokens pool_dim"],
-    interpret: "bool | plgpu.InterpretGPUParams",
+    interpret: Any,
 ) -> Partial:
     shape = (items.item.shape[0], plan.kvh, plan.queries)
     run = plgpu.kernel(

@@ -74,7 +74,7 @@ def plan_of(**changes) -> Plan:
 @pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("page_tokens", gpu.PAGE_TOKENS)
 def test_sizes_fit_a_multiprocessor(page_tokens: int, dim: int):
-    if dim == 256 and page_tokens == 128:
+    if dim > 128 and page_tokens == 128:
         with pytest.raises(NotImplementedError, match="shared memory: "):
             gpu.choose_plan(plan_of(page_tokens=page_tokens, dim=dim), None, None)
         return
