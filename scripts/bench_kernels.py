@@ -5,7 +5,7 @@ Times are the best of a few calls; both sides of a ratio run in turns in one pro
 slows both. Prints the tables of `docs/kernels_cpu.md`.
 
     JAX_PLATFORMS=cpu python scripts/bench_kernels.py [--tokens 1024,4096,16384] [--calls 3]
-    JAX_PLATFORMS=cpu python scripts/bench_kernels.py --torch     # flash alone, beside torch SDPA in an environment of its own
+    JAX_PLATFORMS=cpu python scripts/bench_kernels.py --torch   # flash alone, beside torch SDPA
 """
 
 import argparse
@@ -161,9 +161,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1024,4096,16384", help="prompt lengths of the flash table")
     parser.add_argument("--calls", type=int, default=3, help="timed calls of each function")
     parser.add_argument("--torch", action="store_true", help="flash beside torch SDPA, nothing else")
-    parser.add_argument(
-        "--torch-python", type=Path, help="an interpreter with torch, instead of an environment made here"
-    )
+    parser.add_argument("--torch-python", type=Path, help="an interpreter with torch; default: makes one")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.default_backend()}; ", end="")
     print(f"{HEADS} heads, {KVH} KV heads, head_dim {DIM}, pages of {PAGE_TOKENS}\n")

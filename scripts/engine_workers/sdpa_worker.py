@@ -1,7 +1,7 @@
 """torch's side of `scripts/bench_kernels.py --torch`, run in a virtual environment of its own.
 
-Protocol: one JSON object a line. It says {"ready": true}; then for each {"tokens", "heads", "kv_heads", "dim", "dtype"} it
-answers {"seconds": ...} of one causal `scaled_dot_product_attention`, after one that is not counted for a new case.
+Protocol: one JSON object a line. It says {"ready": true}; then for each {"tokens", "heads", "kv_heads", "dim", "dtype"}
+it answers {"seconds": ...} of one causal `scaled_dot_product_attention`, after one uncounted for a new case.
 """
 
 import json
@@ -20,6 +20,10 @@ def inputs(case: dict) -> list:
     return [torch.randn(1, h, case["tokens"], case["dim"]).to(dtype) for h in heads]
 
 
+def attend(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 @torch.inference_mode()
 def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -27,12 +31,11 @@ def main() -> None:
     last, arrays = None, []
     for line in sys.stdin:
         case = json.loads(line)
-        run = lambda: torch.nn.functional.scaled_dot_product_attention(*arrays, is_causal=True, enable_gqa=True)
         if case != last:
             last, arrays = case, inputs(case)
-            run()
+            attend(*arrays)
         start = time.perf_counter()
-        run()
+        attend(*arrays)
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
 
 

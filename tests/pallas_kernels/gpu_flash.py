@@ -39,7 +39,6 @@ CASES = {
     "dim 256": Case(heads=4, kvh=1, dim=256),
     "dim 64, odd sizes": Case(tok=301, ctx=1000, heads=4, kvh=4, dim=64),
     "dim 80": Case(dim=80),
-    "dim 96": Case(dim=96),
     # the slow leg
     "dim 256, weights in registers": Case(dim=256, weights_in_registers=True),
     "dim 64, weights in registers": Case(dim=64, weights_in_registers=True),

@@ -48,7 +48,6 @@ CASES = {
     "page 8": Case(page_tokens=8),
     "page 32": Case(page_tokens=32),
     "dim 64": Case(dim=64),
-    "dim 80": Case(dim=80),
     "one KV head": Case(kvh=1, group=8),
     "1M tokens": Case(num_entries=(1 << 16) + 3, rows=1),
 }
