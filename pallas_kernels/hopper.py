@@ -5,6 +5,7 @@ They are written in Pallas Mosaic GPU for Hopper (wgmma, TMA). What it is not: a
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import current_device_kind
 
+Ref = Any
+"""What a kernel sees of an array or a barrier: Pallas's own types are narrower than what its functions take."""
 MIN_JAX = (0, 11, 2)
 """The oldest jax whose Mosaic GPU these kernels were compiled with."""
 
@@ -80,11 +83,16 @@ def empty_acc(dim: int) -> tuple[jax.Array, ...]:
     return tuple(plgpu.layout_cast(zeros(columns), plgpu.Layout.WGMMA) for columns in acc_columns(dim))
 
 
-def rows_to_tile(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def load(source: Ref, layout: Any) -> jax.Array:
+    """From GMEM straight into registers."""
+    return plgpu.load(source, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]: an older jax wants idx
+
+
+def rows_to_tile(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A value for each row, repeated along the row."""
     return jax.lax.broadcast_in_dim(column, shape, [0])
 
 
-def columns_to_tile(row: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def columns_to_tile(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A value for each column, repeated down the column."""
     return jax.lax.broadcast_in_dim(row, shape, [1])

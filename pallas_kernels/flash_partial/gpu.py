@@ -27,9 +27,11 @@ from pallas_kernels.hopper import (
     ROWS,
     SMEM_LIMIT_BYTES,
     SWIZZLE_DIM,
+    Ref,
     acc_columns,
     columns_to_tile,
     empty_acc,
+    load,
     require_bfloat16,
     require_dim,
     require_hopper,
@@ -98,27 +100,27 @@ def find_work(q: Extent, kv: Extent, window: int | Array | None) -> Work:
 class Refs(NamedTuple):
     """Inputs and outputs in GMEM, then shared memory and its barriers."""
 
-    order: jax.Ref  # [qblock]
-    lists: jax.Ref  # [qblock, kvblock]
-    whole: jax.Ref  # [qblock]
-    count: jax.Ref  # [qblock]
-    window: jax.Ref  # [1]
-    q_labels: jax.Ref  # [2, tok]: request, position
-    kv_labels: jax.Ref  # [2, ctx]
-    q: jax.Ref  # [tok, head, dim]
-    k: jax.Ref  # [ctx, kvh, dim]
-    v: jax.Ref  # [ctx, kvh, dim]
-    out: jax.Ref  # f32 [tok, head, dim]
-    lse: jax.Ref  # f32 [head, tok]
-    q_tile: jax.Ref  # [COMPUTING, ROWS, dim]
-    k_tile: jax.Ref  # [stages, kv, dim]
-    v_tile: jax.Ref  # [stages, kv, dim]
-    weight_tile: jax.Ref  # [COMPUTING, ROWS, kv]
-    q_there: jax.Ref  # barriers: [COMPUTING], the others [stages]
-    k_there: jax.Ref
-    v_there: jax.Ref
-    k_used: jax.Ref
-    v_used: jax.Ref
+    order: Ref  # [qblock]
+    lists: Ref  # [qblock, kvblock]
+    whole: Ref  # [qblock]
+    count: Ref  # [qblock]
+    window: Ref  # [1]
+    q_labels: Ref  # [2, tok]: request, position
+    kv_labels: Ref  # [2, ctx]
+    q: Ref  # [tok, head, dim]
+    k: Ref  # [ctx, kvh, dim]
+    v: Ref  # [ctx, kvh, dim]
+    out: Ref  # f32 [tok, head, dim]
+    lse: Ref  # f32 [head, tok]
+    q_tile: Ref  # [COMPUTING, ROWS, dim]
+    k_tile: Ref  # [stages, kv, dim]
+    v_tile: Ref  # [stages, kv, dim]
+    weight_tile: Ref  # [COMPUTING, ROWS, kv]
+    q_there: Ref  # barriers: [COMPUTING], the others [stages]
+    k_there: Ref
+    v_there: Ref
+    k_used: Ref
+    v_used: Ref
 
 
 class Options(NamedTuple):
@@ -140,7 +142,7 @@ class Running(NamedTuple):
     total: jax.Array  # f32 [ROWS]
 
 
-def _place(target: jax.Ref, options: Options, stage: Array):
+def _place(target: Ref, options: Options, stage: Array):
     """Where a block of keys or values is fetched to."""
     return target.at[stage]
 
@@ -166,10 +168,7 @@ def _visible(refs: Refs, options: Options, key_block: Array, q_req: Array, q_pos
     """bool [ROWS, kv]"""
     shape = (ROWS, options.sizes.kv)
     tokens = pl.ds(key_block * options.sizes.kv, options.sizes.kv)
-    labels = [
-        plgpu.load(refs.kv_labels.at[row, tokens], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        for row in range(2)
-    ]
+    labels = [load(refs.kv_labels.at[row, tokens], layout=plgpu.Layout.WGMMA.reduce(0)) for row in range(2)]
     kv_req, kv_pos = (columns_to_tile(label, shape) for label in labels)
     position = rows_to_tile(q_pos, shape)
     seen = (rows_to_tile(q_req, shape) == kv_req) & (kv_pos <= position)
@@ -183,7 +182,7 @@ def _scores(refs: Refs, options: Options, mine: Array, stage: Array) -> Array:
         plgpu.wgmma(acc, refs.q_tile.at[mine], refs.k_tile.at[stage].transpose((1, 0)))
         return acc[...]
 
-    score = pl.run_scoped(product, plgpu.ACC((ROWS, options.sizes.kv), jnp.float32))
+    score = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, options.sizes.kv), jnp.float32))
     plgpu.barrier_arrive(refs.k_used.at[stage])
     if options.soft_cap is None:
         return score * (options.scale * LOG2E)
@@ -208,9 +207,9 @@ def _add_values(refs: Refs, options: Options, mine: Array, stage: Array, acc: tu
             plgpu.wgmma(ref, weight, values)
 
         if options.weights_in_registers:
-            added.append(pl.run_state(accumulate)(plgpu.ACC.init(part)))
+            added.append(pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(part)))
         else:
-            added.append(part + pl.run_scoped(product, plgpu.ACC(part.shape, jnp.float32)))
+            added.append(part + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, part.shape[1]), jnp.float32)))
     plgpu.barrier_arrive(refs.v_used.at[stage])
     return tuple(added)
 
@@ -221,7 +220,7 @@ def _compute(refs: Refs, options: Options, block: Array, head: Array, mine: Arra
     rows = pl.ds(block * BLOCK_Q + mine * ROWS, ROWS)
     of_rows = plgpu.Layout.WGMMA.reduce(1)
     plgpu.copy_gmem_to_smem(refs.q.at[rows, head], refs.q_tile.at[mine], refs.q_there.at[mine])
-    q_req, q_pos = (plgpu.load(refs.q_labels.at[row, rows], layout=of_rows, optimized=False) for row in range(2))
+    q_req, q_pos = (load(refs.q_labels.at[row, rows], layout=of_rows) for row in range(2))
     plgpu.barrier_wait(refs.q_there.at[mine])
 
     def fold(step: Array, running: Running, masked: bool) -> Running:
@@ -250,7 +249,7 @@ def _compute(refs: Refs, options: Options, block: Array, head: Array, mine: Arra
     refs.lse.at[head, rows][...] = jnp.where(running.total > 0, running.top * LN2 + jnp.log(total), NEG)
 
 
-def _kernel(*refs_in_order: jax.Ref, options: Options) -> None:
+def _kernel(*refs_in_order: Ref, options: Options) -> None:
     refs = Refs(*refs_in_order)
     head, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     block = refs.order[lax.axis_index("block")]

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import LN2, LOG2E, ROWS, acc_columns, empty_acc, rows_to_tile, tile
+from pallas_kernels.hopper import LN2, LOG2E, ROWS, Ref, acc_columns, empty_acc, load, rows_to_tile, tile
 from pallas_kernels.partial import NEG
 from pallas_kernels.storage import K, V
 
@@ -54,26 +54,26 @@ class Plan(NamedTuple):
 class Refs(NamedTuple):
     """Inputs and outputs in GMEM, then shared memory and its barriers."""
 
-    scalar: jax.Ref  # [2]
-    item: jax.Ref  # [item, ITEM_FIELDS]
-    reach: jax.Ref  # [row, 2]
-    q_pos: jax.Ref  # [row, ROWS]
-    table: jax.Ref  # [entry, 3]
-    q: jax.Ref  # [row, kvh, queries, dim]
-    pool: jax.Ref  # [layers * pages * 2 * kvh, page_tokens, dim]
-    out: jax.Ref  # f32 [item, kvh, queries, dim]
-    lse: jax.Ref  # f32 [item, kvh, queries]
-    q_tile: jax.Ref  # [ROWS, dim]
-    k_tile: jax.Ref  # [stages, block_tokens, dim]
-    v_tile: jax.Ref  # [stages, block_tokens, dim]
-    weight_tile: jax.Ref  # [ROWS, block_tokens]
-    out_tile: jax.Ref  # f32 [ROWS, out_dim]
-    lse_tile: jax.Ref  # f32 [ROWS]
-    q_there: jax.Ref  # barriers: one, the others [stages]
-    k_there: jax.Ref
-    v_there: jax.Ref
-    k_used: jax.Ref
-    v_used: jax.Ref
+    scalar: Ref  # [2]
+    item: Ref  # [item, ITEM_FIELDS]
+    reach: Ref  # [row, 2]
+    q_pos: Ref  # [row, ROWS]
+    table: Ref  # [entry, 3]
+    q: Ref  # [row, kvh, queries, dim]
+    pool: Ref  # [layers * pages * 2 * kvh, page_tokens, dim]
+    out: Ref  # f32 [item, kvh, queries, dim]
+    lse: Ref  # f32 [item, kvh, queries]
+    q_tile: Ref  # [ROWS, dim]
+    k_tile: Ref  # [stages, block_tokens, dim]
+    v_tile: Ref  # [stages, block_tokens, dim]
+    weight_tile: Ref  # [ROWS, block_tokens]
+    out_tile: Ref  # f32 [ROWS, out_dim]
+    lse_tile: Ref  # f32 [ROWS]
+    q_there: Ref  # barriers: one, the others [stages]
+    k_there: Ref
+    v_there: Ref
+    k_used: Ref
+    v_used: Ref
 
 
 def scratch(plan: Plan) -> tuple:
@@ -144,14 +144,14 @@ def _look(refs: Refs, plan: Plan, item: Item, step: jax.Array) -> Block:
         full &= count[-1] == plan.page_tokens
         whole &= all_see
     pages = [jnp.where(visible, page, some_page) for visible, page in source]
-    return Block(pages, first, count, jnp.bool_(seen), full, full & whole)
+    return Block(pages, first, count, jnp.bool_(seen), jnp.bool_(full), jnp.bool_(full & whole))
 
 
 def _num_steps(plan: Plan, item: Item) -> jax.Array:
     return lax.div(item.stop - item.start + (plan.block_pages - 1), jnp.int32(plan.block_pages))
 
 
-def _place(target: jax.Ref, plan: Plan, stage: jax.Array, place: int):
+def _place(target: Ref, plan: Plan, stage: jax.Array, place: int):
     """Where a page of a block is fetched to."""
     return target.at[stage, pl.ds(place * plan.page_tokens, plan.page_tokens)]
 
@@ -224,7 +224,7 @@ def _fold(refs: Refs, plan: Plan, block: Block, q_pos: jax.Array, running: Runni
         return acc[...]
 
     plgpu.barrier_wait(refs.k_there.at[stage])
-    score = pl.run_scoped(q_times_k, plgpu.ACC((ROWS, plan.block_tokens), jnp.float32))
+    score = pl.run_scoped(q_times_k, plgpu.WGMMAAccumulatorRef((ROWS, plan.block_tokens), jnp.float32))
     plgpu.barrier_arrive(refs.k_used.at[stage])
     if plan.soft_cap is None:
         score = score * (plan.scale * LOG2E)
@@ -248,7 +248,7 @@ def _fold(refs: Refs, plan: Plan, block: Block, q_pos: jax.Array, running: Runni
             plgpu.wgmma(ref, refs.weight_tile, refs.v_tile.at[stage, :, columns])
             return ref[...]
 
-        added = pl.run_scoped(weight_times_v, plgpu.ACC(part.shape, jnp.float32))
+        added = pl.run_scoped(weight_times_v, plgpu.WGMMAAccumulatorRef((ROWS, part.shape[1]), jnp.float32))
         acc.append(part * rows_to_tile(decay, part.shape) + added)
     plgpu.barrier_arrive(refs.v_used.at[stage])
     return Running(tuple(acc), top, total, running.turn + 1)
@@ -259,7 +259,7 @@ def _compute(refs: Refs, plan: Plan, item: Item) -> None:
     of_rows = plgpu.Layout.WGMMA.reduce(1)
     some_rows = pl.ds(0, plan.queries)  # the others hold anything, and nobody reads what becomes of them
     plgpu.copy_gmem_to_smem(refs.q.at[item.row, item.head], refs.q_tile.at[some_rows], refs.q_there)
-    q_pos = plgpu.load(refs.q_pos.at[item.row], layout=of_rows, optimized=False)
+    q_pos = load(refs.q_pos.at[item.row], layout=of_rows)
     plgpu.barrier_wait(refs.q_there)
 
     def one(step, running):
@@ -283,7 +283,7 @@ def _compute(refs: Refs, plan: Plan, item: Item) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def kernel(*refs_in_order: jax.Ref, plan: Plan) -> None:
+def kernel(*refs_in_order: Ref, plan: Plan) -> None:
     """One item and KV head."""
     refs = Refs(*refs_in_order)
     index, head = lax.axis_index("item"), lax.axis_index("head")
