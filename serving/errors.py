@@ -105,6 +105,13 @@ class NotPossible(Refusal):
     reason = "NOT_POSSIBLE"
 
 
+class SlowReader(Refusal):
+    """The client takes nothing of what it asked for."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "SLOW_READER"
+
+
 class NotServing(Refusal):
     """Warming up or draining."""
 

@@ -18,6 +18,7 @@ import msgspec
 
 from loong_jax.types import Adjustment
 from serving import context
+from serving.backpressure import Patience, StreamLimits, patient
 from serving.deadlines import Deadlines
 from serving.errors import (
     DuplicateRequest,
@@ -67,11 +68,13 @@ class Generator:
         tokenizer: Tokenizer | None,
         limits: ValidationLimits,
         deadlines: Deadlines | None = None,
+        stream_limits: StreamLimits = StreamLimits(),  # noqa: B008 (frozen)
     ) -> None:
         """`deadlines` None: nothing is known about how long answers take."""
         self._deadlines = deadlines
         self.tokenizer = tokenizer
         self.limits = limits
+        self.stream_limits = stream_limits
         self.structured = StructuredOutputs("the engine is loading", limits.structured)
         self.observers = Observers()
         self.refusing: str | None = "the server is warming up"
@@ -101,6 +104,7 @@ class Generator:
         # suspended generator for the garbage collector.
         arrived_us = self._loop.now_us()
         try:
+            self._check_room()  # first: what is refused because there is too much of it must cost little
             ask = check_request(
                 request,
                 self.limits,
@@ -129,6 +133,12 @@ class Generator:
         """Raises NotServing while warming up or draining, and when the engine is lost."""
         if self.refusing is not None:
             raise NotServing(self.refusing)
+
+    def _check_room(self) -> None:
+        """Raises QueueFull."""
+        most = self.stream_limits.max_streams
+        if len(self._running) >= most:
+            raise QueueFull(f"{most} requests are open")
 
     def abort(self, request_id: str) -> None:
         """End a running request. Raises UnknownRequest."""
@@ -231,8 +241,9 @@ class Generator:
         )
         self._running[request_id] = range(number, number + len(streams))
         try:
-            await admitted(Admitted(request_id, token_ids))
-            await self._write_all(number, streams, write)
+            async with patient(self.stream_limits, streams) as patience:
+                await admitted(Admitted(request_id, token_ids))
+                await self._write_all(number, streams, write, patience)
         finally:
             # Cancelled, or the connection is gone: the engine frees its pages with the next event it handles. After
             # `stop_at` it has no effect.
@@ -270,6 +281,7 @@ class Generator:
         number: int,
         streams: list[RequestStream],
         write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
+        patience: Patience,
     ) -> None:
         """Write what the streams give, each in its order, until all are finished; the first refusal ends them all."""
         writing = asyncio.Lock()
@@ -279,9 +291,17 @@ class Generator:
                 messages = await stream.messages()
                 if stream.stop_found and not stream.engine_done:
                     self._loop.stop_at(number, stream.num_tokens)
-                if messages:
-                    async with writing:
-                        await write(messages)
+                if not messages:
+                    continue
+                if len(streams) > 1:
+                    await writing.acquire()
+                try:
+                    patience.began()
+                    await write(messages)
+                    patience.ended()
+                finally:
+                    if len(streams) > 1:
+                        writing.release()
 
         if len(streams) == 1:
             return await write_one(number, streams[0])

@@ -30,7 +30,7 @@ from serving.generator import Generator
 from serving.http.config import HttpConfig
 from serving.loop import ExecutorLike
 from serving.request_log import RequestLog
-from serving.server import LoongServer, ServerConfig
+from serving.server import LoongServer, ServerConfig, settle
 from serving.structured import StructuredLimits, StructuredOutputs
 from serving.tokenizer import Tokenizer
 from serving.tracing import Tracer, otlp_tracer
@@ -238,6 +238,7 @@ class _Leader:
 
     async def _ready(self) -> None:
         await self._server.ready()
+        settle()
         pool_tokens = self._config.engine.cluster.pool_tokens
         self._reporter.say(
             f"ready: {self._config.engine.cluster.num_instances} instances, pool of {pool_tokens} tokens"

@@ -43,6 +43,7 @@ from serving.state import EngineState
 
 _log = logging.getLogger(__name__)
 
+_DELIVERED_AT_ONCE = 32
 _TICK_S = 0.1
 """A quiet engine with requests is woken this often: ageing and reservations end by the clock."""
 
@@ -130,26 +131,36 @@ class _Outbox:
     def __init__(self, asyncio_loop: asyncio.AbstractEventLoop) -> None:
         self._asyncio_loop = asyncio_loop
         self._items: deque[tuple[Sink, SinkItem, int]] = deque()
+        self._first: deque[tuple[Sink, SinkItem, int]] = deque()
         self._scheduled = False
 
-    def push(self, sink: Sink, item: SinkItem, now_us: int) -> None:
-        self._items.append((sink, item, now_us))
+    def push(self, sink: Sink, item: SinkItem, now_us: int, *, first: bool = False) -> None:
+        """`first`: nothing for this sink is waiting among the others, which it may pass."""
+        (self._first if first else self._items).append((sink, item, now_us))
 
     def flush(self) -> None:
         # `_deliver` clears the flag before it empties the deque, so an item pushed before this line is either taken
         # by a running delivery or by the one scheduled here.
-        if self._items and not self._scheduled:
+        if (self._items or self._first) and not self._scheduled:
             self._scheduled = True
             try:
                 self._asyncio_loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # the asyncio loop was closed: nobody listens any more
                 self._items.clear()
+                self._first.clear()
 
     def _deliver(self) -> None:
+        """A few at a time: each wakes a stream that writes, and a new request should not wait for all of them."""
         self._scheduled = False
-        while self._items:
+        while self._first:
+            sink, item, now_us = self._first.popleft()
+            sink.put(item, now_us)
+        for _ in range(min(_DELIVERED_AT_ONCE, len(self._items))):
             sink, item, now_us = self._items.popleft()
             sink.put(item, now_us)
+        if self._items and not self._scheduled:
+            self._scheduled = True
+            self._asyncio_loop.call_soon(self._deliver)
 
 
 class EngineLoop:
@@ -176,6 +187,7 @@ class EngineLoop:
         self._on_crash = on_crash
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._sinks: dict[int, Sink] = {}
+        self._untold: set[int] = set()  # requests without a first token
         self._lock = threading.Lock()  # request ids enter the inbox in their order
         self._next_request = 0
         self._crash: str | None = None
@@ -305,6 +317,7 @@ class EngineLoop:
             return self._answer(item.answer, now_us)
         if type(item) is _Arrival:
             self._sinks.update(zip(item.numbers, item.sinks, strict=True))
+            self._untold.update(item.numbers)
             if self._decisions:
                 self._decisions.arrives(item.numbers, item.name)
             for event in item.events:
@@ -367,14 +380,18 @@ class EngineLoop:
             return
         self._state.saw_command(command, now_us)
         if sink is not None:
-            self._outbox.push(sink, command, now_us)
+            first = command.request in self._untold
+            if first and not isinstance(command, EmitScores):
+                self._untold.discard(command.request)
+            self._outbox.push(sink, command, now_us, first=first)
 
     def _tell_prefilled(self, command: RunPrefill, now_us: int) -> None:
         for row in command.rows:
             sink = self._sinks.get(row.request)
             if sink is not None:
                 num_tokens = sum(run.count for run in row.runs)
-                self._outbox.push(sink, Prefilled(len(command.instances), num_tokens, row.emit), now_us)
+                item = Prefilled(len(command.instances), num_tokens, row.emit)
+                self._outbox.push(sink, item, now_us, first=row.request in self._untold)
 
     def _end(self, message: str) -> None:
         """Nothing more will come: tell everybody who waits."""

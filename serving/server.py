@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -18,10 +19,11 @@ from grpc_reflection.v1alpha import reflection
 from serving import jetstream
 from serving.about import Served, loads, models
 from serving.access import Access, TlsFiles
+from serving.backpressure import StreamLimits
 from serving.context import take_trace_headers
 from serving.deadlines import Deadlines
 from serving.device_trace import DeviceTrace
-from serving.errors import NotPossible, PortTaken, answering
+from serving.errors import NotPossible, PortTaken, QueueFull, answering
 from serving.gather import Gathered
 from serving.generator import Admitted, Generator
 from serving.grpc_access import KeyInterceptor, server_credentials
@@ -34,6 +36,10 @@ from serving.proto.loong.v1 import loong_pb2_grpc
 from serving.tokenizer import Tokenizer
 from serving.validation import ValidationLimits, check_duration_ms, check_interval_ms, tokenize_request
 
+_MAX_PENDING, _MAX_PENDING_S = 100_000, 600
+_GC_ALLOCATIONS = 20_000
+_REFUSABLE_STREAMS = 1024
+"""Above `max_streams`, of one connection: they get our refusal, with its hint."""
 SERVICE = pb.DESCRIPTOR.services_by_name["Loong"].full_name
 OPERATOR_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("Drain", "StartProfile", "StopProfile"))
 """They concern everybody: where there are keys, these need an operator's."""
@@ -48,6 +54,35 @@ class ServerConfig(msgspec.Struct, frozen=True):
     keepalive_ms: int = 30_000
     drain_s: float = 30.0  # streams still open this long after a drain began are cut off
     stall_s: float = 60.0  # an engine that has work and does none of it for so long is no longer serving
+    max_connections: int = 8192
+    max_watchers: int = 64
+    streams: StreamLimits = StreamLimits()
+
+
+def _admission(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    """Channel arguments that leave admission to us.
+
+    Calls that the library has received and Python has not taken yet are `pending`. From 1000 of them on it cancels new
+    ones, the more the likelier, and all from 3000 on, and those that have waited for 30 s. Clients see CANCELLED, no
+    reason and no hint. Here they wait until `Generate` refuses them; on one connection only so many may be open, and a
+    client holds back the others.
+    """
+    per_connection = config.streams.max_streams + _REFUSABLE_STREAMS
+    return (
+        ("grpc.server.max_pending_requests", _MAX_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING),
+        ("grpc.server_max_unrequested_time_in_server", _MAX_PENDING_S),
+        ("grpc.max_concurrent_streams", per_connection),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+    )
+
+
+def settle() -> None:
+    """What has been loaded stays: from now on, no garbage collection looks at it or starts every few messages. Of the
+    whole process, which is to serve and nothing else."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_ALLOCATIONS)
 
 
 class LoongServicer(loong_pb2_grpc.LoongServicer):
@@ -60,7 +95,7 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         served: Served,
         trace: DeviceTrace,
         drain: Callable[[], Awaitable[None]],
-        max_message_bytes: int,
+        config: ServerConfig,
     ) -> None:
         """`drain` returns when no request is open any more."""
         self._loop = loop
@@ -68,7 +103,9 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
         self._served = served
         self._trace = trace
         self._drain = drain
-        self._max_message_bytes = max_message_bytes
+        self._max_message_bytes = config.max_message_bytes
+        self._max_watchers = config.max_watchers
+        self._num_watchers = 0
 
     @answering
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
@@ -146,9 +183,15 @@ class LoongServicer(loong_pb2_grpc.LoongServicer):
     @answering
     async def WatchGroups(self, request: pb.WatchGroupsRequest, context: grpc.aio.ServicerContext) -> None:
         interval_s = check_interval_ms(request) / 1000
-        while True:
-            await context.write(await asyncio.wrap_future(self._loop.ask_state()))
-            await asyncio.sleep(interval_s)
+        if self._num_watchers >= self._max_watchers:
+            raise QueueFull(f"{self._max_watchers} watch the state already")
+        self._num_watchers += 1
+        try:
+            while True:
+                await context.write(await asyncio.wrap_future(self._loop.ask_state()))
+                await asyncio.sleep(interval_s)
+        finally:
+            self._num_watchers -= 1
 
     @answering
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
@@ -190,7 +233,7 @@ class LoongServer:
         self._tls = tls
         self._drains = False
         self._trace = trace or DeviceTrace(None)
-        self.generator = Generator(loop, tokenizer, limits, deadlines)
+        self.generator = Generator(loop, tokenizer, limits, deadlines, config.streams)
         self._readiness = Readiness((SERVICE, jetstream.SERVICE), self._refuse)
         self._watchdog = Watchdog(
             loop.progress,
@@ -202,6 +245,7 @@ class LoongServer:
         self._server = grpc.aio.server(
             interceptors=() if access is None else (KeyInterceptor(access, OPERATOR_METHODS),),
             options=(
+                *_admission(config),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.keepalive_time_ms", config.keepalive_ms),
@@ -209,9 +253,7 @@ class LoongServer:
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
             ),
         )
-        servicer = LoongServicer(
-            loop, self.generator, served, self._trace, self._drain_requests, config.max_message_bytes
-        )
+        servicer = LoongServicer(loop, self.generator, served, self._trace, self._drain_requests, config)
         loong_pb2_grpc.add_LoongServicer_to_server(servicer, self._server)
         jetstream_pb2_grpc.add_OrchestratorServicer_to_server(OrchestratorServicer(self.generator), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._readiness.servicer, self._server)

@@ -6,6 +6,8 @@ its chat template does. What it is not: the rendering of that template (`serving
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,11 @@ _CONTEXT_TOKENS = 6
 """Prompt tokens that precede the text: some decoders strip the space of a first word."""
 _MAX_CHARACTER_TOKENS = 4
 _MAX_WINDOW_TOKENS = 32
+_LONG_CONTEXT_TOKENS = 16
+_FEW_TOKENS = 4
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+_PLAIN_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
+_MAX_BATCH_TOKENS = 256
 _REPLACEMENT = "\ufffd"
 
 
@@ -35,6 +42,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._chat = chat
         self._special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self._is_plain = _decodes_plainly(tokenizer)
+        self._pieces: dict[int, str | None] = {}  # at most one for each token of the vocabulary
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer | None:
@@ -91,6 +100,23 @@ class Tokenizer:
         once, twice = self.decode([token_id]), self.decode([token_id, token_id])
         return twice[len(once) :] if twice.startswith(once) else once
 
+    def piece(self, token_id: int) -> str | None:
+        """The text that a token adds where no character is open and something comes before it; None: that depends."""
+        try:
+            return self._pieces[token_id]
+        except KeyError:
+            piece = self._pieces[token_id] = self._piece(token_id)
+            return piece
+
+    def _piece(self, token_id: int) -> str | None:
+        name = self._tokenizer.id_to_token(token_id)
+        if not self._is_plain or not name or token_id in self._special or _BYTE_TOKEN.fullmatch(name):
+            return None
+        once, twice = self.decode([token_id]), self.decode([token_id, token_id])
+        if not once or _REPLACEMENT in twice or not twice.startswith(once):
+            return None
+        return twice[len(once) :]
+
     def has_text(self, token_id: int) -> bool:
         """Whether decoding heeds this token: not a special one, nor one that only the model's vocabulary has."""
         return token_id not in self._special and self._tokenizer.id_to_token(token_id) is not None
@@ -109,6 +135,7 @@ class Detokenizer:
         self._window: list[int] = []  # context, then tokens whose text is not all sent
         self._num_context = 0
         self._sent = ""  # the beginning of the window's text, which is context or has been sent
+        self._is_stale = False  # `_sent` is to be found anew: all of the window has been sent
         context = [token for token in prompt_ids[-_CONTEXT_TOKENS:] if tokenizer.has_text(token)]
         while context and (text := tokenizer.decode(context)).startswith(_REPLACEMENT):
             context.pop(0)  # cut within a character
@@ -118,9 +145,38 @@ class Detokenizer:
 
     def step(self, token_id: int) -> str:
         """The text that this token completes, "" when a character is still open."""
+        window = self._window
+        piece = self._tokenizer.piece(token_id)
+        if piece is not None and self._num_context == len(window) > 0:
+            window.append(token_id)
+            self._num_context += 1
+            self._is_stale = True
+            if self._num_context >= _LONG_CONTEXT_TOKENS:
+                self._window = window[-_CONTEXT_TOKENS:]
+                self._num_context = _CONTEXT_TOKENS
+            return piece
         if not self._tokenizer.has_text(token_id):
             return ""
-        self._window.append(token_id)
+        window.append(token_id)
+        return self._advance()
+
+    def steps(self, token_ids: Sequence[int]) -> str:
+        """The same of several tokens, decoded at once."""
+        if len(token_ids) <= _FEW_TOKENS:
+            return "".join([self.step(token_id) for token_id in token_ids])
+        pieces = []
+        for first in range(0, len(token_ids), _MAX_BATCH_TOKENS):
+            batch = token_ids[first : first + _MAX_BATCH_TOKENS]
+            known = [token_id for token_id in batch if self._tokenizer.has_text(token_id)]
+            if known:
+                self._window += known
+                pieces.append(self._advance())
+        return "".join(pieces)
+
+    def _advance(self) -> str:
+        """The text of the window that has not been sent and is complete."""
+        if self._is_stale:
+            self._find_sent()
         text = self._tokenizer.decode(self._window)
         if not text.startswith(self._sent):
             # What follows changed how the context decodes, as malformed bytes in one run with it do.
@@ -130,15 +186,32 @@ class Detokenizer:
         piece = text[len(self._sent) : len(text) - num_open]
         self._sent += piece
         if num_open == 0 and piece:
-            self._window = self._window[self._num_context :]
             self._num_context = len(self._window)
-            self._sent = self._tokenizer.decode(self._window)
+            if self._num_context >= _LONG_CONTEXT_TOKENS:
+                self._shorten_context()
         elif len(self._window) > _MAX_WINDOW_TOKENS:
             piece += self._shorten(text)
         return piece
 
+    def _shorten_context(self) -> None:
+        """All of the window has been sent: its last tokens are context enough."""
+        self._window = self._window[-_CONTEXT_TOKENS:]
+        self._num_context = len(self._window)
+        self._is_stale = True  # finding it is one more decoding, and may not be needed
+
+    def _find_sent(self) -> None:
+        context = self._window[: self._num_context]
+        text = self._tokenizer.decode(context)
+        while context and text.startswith(_REPLACEMENT):  # cut within a character
+            del context[0], self._window[0]
+            text = self._tokenizer.decode(context)
+        self._num_context = len(context)
+        self._sent, self._is_stale = text, False
+
     def flush(self) -> str:
         """The rest, with U+FFFD for a character that was never completed; the stream starts afresh."""
+        if self._is_stale:
+            self._find_sent()
         rest = self._tokenizer.decode(self._window)[len(self._sent) :]
         self._window, self._num_context, self._sent = [], 0, ""
         return rest
@@ -156,6 +229,20 @@ class Detokenizer:
         self._window, self._num_context = self._window[cut:], 0
         self._sent = after[: max(0, len(self._sent) - len(before))]
         return piece
+
+
+def _decodes_plainly(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether complete text is the texts of its tokens, one after the other, but for what is stripped at its start."""
+    if tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    for part in decoder.get("decoders", [decoder]):
+        pattern = part.get("pattern", {}).get("String", "")
+        if part["type"] not in _PLAIN_DECODERS or (part["type"] == "Replace" and len(pattern) != 1):
+            return False
+        if part["type"] == "Strip" and part["stop"]:
+            return False
+    return True
 
 
 def _num_open(text: str) -> int:

@@ -17,6 +17,7 @@ from serving.errors import (
     NotServing,
     QueueFull,
     Refusal,
+    SlowReader,
     TooLong,
     TooManyCalls,
     Unauthenticated,
@@ -88,6 +89,7 @@ _KINDS: dict[type[Refusal], _Kind] = {
     DuplicateRequest: _Kind(409, "invalid_request_error", "duplicate_request_id"),
     QueueFull: _Kind(429, "rate_limit_error", "queue_full"),
     TooManyCalls: _Kind(429, "rate_limit_error", "key_limit"),
+    SlowReader: _Kind(408, "invalid_request_error", "slow_reader"),  # counted, never sent: nobody reads
     NotServing: _Kind(503, "service_unavailable_error", "not_serving"),
     EngineFailed: _Kind(500, "server_error", "engine_failed"),
 }

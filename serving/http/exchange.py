@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from serving.errors import EngineFailed, Refusal
+from serving.errors import EngineFailed, Refusal, SlowReader
 from serving.http import errors
 from serving.http.errors import LargeBody, ManyBodies, SlowBody, WrongContentType
 
@@ -143,6 +143,8 @@ class Exchange:
     async def _answer(self, out: Out) -> None:
         try:
             await self._work(out)
+        except SlowReader:
+            raise ClientGone from None
         except Refusal as refusal:
             await out.refuse(refusal)
         except (ClientGone, OSError):

@@ -67,6 +67,15 @@ def test_history_over_chunks_regroupings_and_a_recomputation():
     assert stream.engine_done
 
 
+def test_tokens_after_a_stop_are_no_part_of_the_history():
+    stream = new_stream(stop=["bc"])
+    items = (Prefilled(8, 3, True), emit(0, "a", 8), emit(1, "bc", 2), emit(3, "d", 2), Prefilled(4, 7, True))
+    *_, finished = messages(stream, *items, emit(4, "e", 4), emit(5, "f", 3))
+    assert [(run.dop, run.tokens) for run in finished.finished.dop_history] == [(8, 3), (2, 2)]
+    stream.put(emit(6, "g"), 0)
+    assert stream.num_unread == 0, "what comes before the engine knows of the stop is dropped"
+
+
 def test_a_stop_within_many_tokens_keeps_the_token_that_completes_it():
     stream = new_stream(stop=["lo w"])
     tokens, finished = messages(stream, emit(0, "hello wor"), Finish(0, FinishReason.LENGTH, 9))

@@ -245,6 +245,19 @@ def test_stop_finder(stop, pieces, sent, matched):
     assert feed(stop, pieces)[:2] == (sent, matched)
 
 
+@given(st.data())
+def test_steps_of_any_size_add_up(data):
+    text = data.draw(st.text(max_size=60))
+    tokenizer = byte_tokenizer()
+    tokens, pieces = tokenizer.encode_chat(text), []
+    detokenizer = tokenizer.detokenizer([65])
+    while tokens:
+        size = data.draw(st.integers(1, len(tokens)))
+        pieces.append(detokenizer.steps(tokens[:size]))
+        tokens = tokens[size:]
+    assert "".join(pieces) + detokenizer.flush() == text
+
+
 @given(
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.text("abc", max_size=3), max_size=12),

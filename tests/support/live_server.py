@@ -27,12 +27,11 @@ class Live:
         self,
         manager: FakeManager,
         tokenizer: Tokenizer | None,
+        config: ServerConfig,
         *,
         step_s: float,
         ready: bool,
-        drain_s: float,
         access: AccessConfig,
-        stall_s: float,
         deadlines: Deadlines | None,
         trace: DeviceTrace | None,
     ):
@@ -62,7 +61,7 @@ class Live:
             self.loop,
             tokenizer,
             self.limits,
-            ServerConfig(port=0, drain_s=drain_s, stall_s=stall_s),
+            config,
             served=Served("echo", max_running=64, max_waiting=manager.max_waiting, page_tokens=manager.page_tokens),
             deadlines=deadlines,
             trace=trace,
@@ -70,6 +69,7 @@ class Live:
             tls=self.tls,
         )
         self.client: LoongClient
+        self.port: int
 
 
 @contextlib.asynccontextmanager
@@ -86,20 +86,21 @@ async def live_server(
     stall_s: float = 60.0,
     deadlines: Deadlines | None = None,
     trace: DeviceTrace | None = None,
+    config: ServerConfig | None = None,
 ) -> AsyncIterator[Live]:
     tokenizer = (tokenizer or byte_tokenizer()) if has_tokenizer else None
+    config = config or ServerConfig(port=0, drain_s=drain_s, stall_s=stall_s)
     live = Live(
         manager or FakeManager(),
         tokenizer,
+        config,
         step_s=step_s,
         ready=ready,
-        drain_s=drain_s,
         access=access,
-        stall_s=stall_s,
         deadlines=deadlines,
         trace=trace,
     )
-    port = await live.server.start()
+    live.port = port = await live.server.start()
     live.loop.start(live.executor, NEEDED, asyncio.get_running_loop())
     async with LoongClient(f"127.0.0.1:{port}", identity=identity) as live.client:
         try:

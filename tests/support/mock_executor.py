@@ -293,13 +293,26 @@ class MockExecutor:
     def steps_in_flight(self) -> list[int]:
         return sorted(self._pending)
 
-    def advance(self) -> None:
-        """Run one step that heads the queue of all its devices, or let a late completion through."""
-        heads = [
+    @property
+    def pages_in_use(self) -> int:
+        return len(self._owners)
+
+    def heads(self) -> list[int]:
+        """Steps whose devices have all run those before."""
+        return [
             step
             for step, pending in self._pending.items()
             if all(self._queues[i][0] == step for i in pending.instances)
         ]
+
+    def take_late(self) -> list[AnyEvent]:
+        """Completions that were held back, of what is no step, too."""
+        late, self._late = self._late, []
+        return late
+
+    def advance(self) -> None:
+        """Run one step that heads the queue of all its devices, or let a late completion through."""
+        heads = self.heads()
         require(bool(heads) or bool(self._late) or not self._pending, "queues are in deadlock")
         if heads and (not self._late or self._rng.random() < 0.7):
             self._late.append(self.run(self._rng.choice(heads)))
