@@ -44,7 +44,7 @@ class Result(msgspec.Struct):
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--topology", required=True, help=f"as in v5e:2x4 or h200:8; {', '.join((*TPUS, *GPUS))}")
     parser.add_argument("--model", required=True, help=f"{', '.join(SHAPES)}, or a checkpoint's folder or config.json")
     parser.add_argument("--dop", type=int, default=1, help="instances of the group (default: 1)")

@@ -9,6 +9,7 @@ the exchange. It needs no TPU. What it is not: the engine's decode step (`loong_
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -29,7 +30,7 @@ from loong_jax.aot.hlo import Module
 from loong_jax.aot.targets import target
 
 ROWS, DIM, TOKENS, BLOCK = 128, 128, 32768, 512
-Options = dict[str, bool | int | str]
+Options = dict[str, Any]
 ASYNC_GATHERS: Options = {"xla_enable_async_all_gather": "true"}
 FUSED: Options = {
     "xla_tpu_enable_async_collective_fusion": "true",

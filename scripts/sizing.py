@@ -203,7 +203,7 @@ def step_line(row: Row, step: StepReport) -> tuple[str, ...]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", help="the name of one row")
     parser.add_argument("--page", action="store_true", help="compile nothing")
     options = parser.parse_args()

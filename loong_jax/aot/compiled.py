@@ -105,7 +105,7 @@ def _in_words(error: Exception) -> Exception:
 
 def kernels_of(compiled: jax.stages.Compiled) -> list[str]:
     """The Pallas kernels of a program, by the names they were given."""
-    lines = [line for line in compiled.as_text().splitlines() if KERNEL.search(line)]
+    lines = [line for line in (compiled.as_text() or "").splitlines() if KERNEL.search(line)]
     calls = [re.search(r"%([\w.]+) = ", line) for line in lines]
     return sorted({call[1].split(".")[0] for call in calls if call})
 

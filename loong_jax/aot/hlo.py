@@ -77,7 +77,8 @@ class Loop(NamedTuple):
 class Module:
     """A compiled program. `is_scheduled`: operations stand in the order in which they are executed."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str | None):
+        text = text or ""  # a backend may have none
         self.is_scheduled = "is_scheduled=true" in text
         self.computations: dict[str, list[Operation]] = {}
         self.entry = ""

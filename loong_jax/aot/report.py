@@ -78,7 +78,11 @@ def sums(collectives: Iterable[Collective]) -> list[Sum]:
         operations[key] += 1
         times[key] += one.times
         num_bytes[key] += one.times * one.num_bytes
-    return [Sum(*key, operations[key], times[key], num_bytes[key]) for key in operations]
+    return [
+        Sum(kind, axis, part, form, operations[key], times[key], num_bytes[key])
+        for key in operations
+        for kind, axis, part, form in [key]
+    ]
 
 
 def lines(report: StepReport) -> list[str]:

@@ -163,7 +163,8 @@ def _flops(names: dict[str, Operation], op: Operation) -> int:
 
 def _window_hits(rest: str, axis: int, left: int, window: int, out: int) -> int:
     """Pairs of output place and window place that meet a place of the input, which is not padding, along one axis."""
-    fields = dict(field.split("=") for field in (_WINDOW.search(rest) or [None, ""])[1].split())
+    given = _WINDOW.search(rest)
+    fields = dict(field.split("=") for field in given[1].split()) if given else {}
     pick = lambda name, default: fields[name].split("x")[axis] if name in fields else default
     stride, dilation = int(pick("stride", "1")), int(pick("rhs_dilate", "1"))
     spread, low = int(pick("lhs_dilate", "1")), int(pick("pad", "0_0").split("_")[0])
