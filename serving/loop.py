@@ -13,7 +13,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
@@ -38,12 +37,12 @@ from loong_jax.types import (
     View,
 )
 from serving.errors import EngineFailed, NotServing, QueueFull
+from serving.outbox import Outbox
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.state import EngineState
 
 _log = logging.getLogger(__name__)
 
-_DELIVERED_AT_ONCE = 32
 _TICK_S = 0.1
 """A quiet engine with requests is woken this often: ageing and reservations end by the clock."""
 
@@ -125,44 +124,6 @@ class _Question(NamedTuple):
 _CLOSE = object()
 
 
-class _Outbox:
-    """Carries sink items from the engine thread to the asyncio thread with one wake-up for many."""
-
-    def __init__(self, asyncio_loop: asyncio.AbstractEventLoop) -> None:
-        self._asyncio_loop = asyncio_loop
-        self._items: deque[tuple[Sink, SinkItem, int]] = deque()
-        self._first: deque[tuple[Sink, SinkItem, int]] = deque()
-        self._scheduled = False
-
-    def push(self, sink: Sink, item: SinkItem, now_us: int, *, first: bool = False) -> None:
-        """`first`: nothing for this sink is waiting among the others, which it may pass."""
-        (self._first if first else self._items).append((sink, item, now_us))
-
-    def flush(self) -> None:
-        # `_deliver` clears the flag before it empties the deque, so an item pushed before this line is either taken
-        # by a running delivery or by the one scheduled here.
-        if (self._items or self._first) and not self._scheduled:
-            self._scheduled = True
-            try:
-                self._asyncio_loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # the asyncio loop was closed: nobody listens any more
-                self._items.clear()
-                self._first.clear()
-
-    def _deliver(self) -> None:
-        """A few at a time: each wakes a stream that writes, and a new request should not wait for all of them."""
-        self._scheduled = False
-        while self._first:
-            sink, item, now_us = self._first.popleft()
-            sink.put(item, now_us)
-        for _ in range(min(_DELIVERED_AT_ONCE, len(self._items))):
-            sink, item, now_us = self._items.popleft()
-            sink.put(item, now_us)
-        if self._items and not self._scheduled:
-            self._scheduled = True
-            self._asyncio_loop.call_soon(self._deliver)
-
-
 class EngineLoop:
     """Runs a manager and an executor. All public methods may be called from any thread."""
 
@@ -209,7 +170,7 @@ class EngineLoop:
         be called in `asyncio_loop`."""
         self._executor = executor
         self._state.wait_for(needed)
-        self._outbox = _Outbox(asyncio_loop)
+        self._outbox = Outbox(asyncio_loop)
         self._thread.start()
 
     def post(self, event: AnyEvent) -> None:

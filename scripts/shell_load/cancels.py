@@ -100,12 +100,12 @@ class Watched:
         self.manager = manager
         self.cancelled_in: dict[int, str] = {}
         self.freed_s: dict[int, float] = {}
-        self._wanted: dict[int, tuple[str, Callable[[], None]]] = {}
+        self._wanted: dict[int, tuple[str, Callable[[], object]]] = {}
         self._seeds: dict[int, int] = {}
         self._groups: dict[int, tuple[int, ...]] = {}
         self._states: dict[int, str] = {}
 
-    def expect(self, seed: int, state: str, reached: Callable[[], None]) -> None:
+    def expect(self, seed: int, state: str, reached: Callable[[], object]) -> None:
         """Have `reached` called, in the engine's thread, when the request is first in this state."""
         self._wanted[seed] = (state, reached)
 
