@@ -37,7 +37,7 @@ from loong_jax.types import (
     View,
 )
 from serving.errors import EngineFailed, NotServing, QueueFull
-from serving.outbox import Outbox
+from serving.outbox import Crashed, Outbox, Prefilled, Sink
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.state import EngineState
 
@@ -65,34 +65,11 @@ class EventLog(Protocol):
     def close(self) -> None: ...
 
 
-class Prefilled(NamedTuple):
-    """Told to a sink: a prefill step of the request was issued."""
-
-    dop: int
-    num_tokens: int
-    emit: bool
-
-
-class Crashed(NamedTuple):
-    """Told to a sink: the engine is gone, nothing more will come."""
-
-    message: str
-
-
-SinkItem = Emit | EmitScores | Finish | Reject | Prefilled | Crashed
-
-
 class Decisions(Protocol):
     """Told of what is decided, in the engine thread."""
 
     def arrives(self, numbers: Iterable[int], name: str) -> None: ...
     def saw(self, event: AnyEvent, commands: Sequence[AnyCommand], view: Callable[[], View], now_us: int) -> None: ...
-
-
-class Sink(Protocol):
-    """Where one request's output goes. Called in the asyncio thread; Finish, Reject or Crashed comes last."""
-
-    def put(self, item: SinkItem, now_us: int) -> None: ...
 
 
 class Progress(NamedTuple):

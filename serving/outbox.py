@@ -7,12 +7,34 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from serving.loop import Sink, SinkItem
+from loong_jax.types import Emit, EmitScores, Finish, Reject
 
 _DELIVERED_AT_ONCE = 32
+
+
+class Prefilled(NamedTuple):
+    """Told to a sink: a prefill step of the request was issued."""
+
+    dop: int
+    num_tokens: int
+    emit: bool
+
+
+class Crashed(NamedTuple):
+    """Told to a sink: the engine is gone, nothing more will come."""
+
+    message: str
+
+
+SinkItem = Emit | EmitScores | Finish | Reject | Prefilled | Crashed
+
+
+class Sink(Protocol):
+    """Where one request's output goes. Called in the asyncio thread; Finish, Reject or Crashed comes last."""
+
+    def put(self, item: SinkItem, now_us: int) -> None: ...
 
 
 class Outbox:

@@ -17,7 +17,7 @@ import msgspec
 
 from loong_jax.types import Emit, EmitScores, Finish, FinishReason, Reject, Top
 from serving.errors import EngineFailed, rejected
-from serving.loop import Crashed, Prefilled, SinkItem
+from serving.outbox import Crashed, Prefilled, SinkItem
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.tokenizer import Detokenizer, StopFinder
 

@@ -27,7 +27,8 @@ from loong_jax.types import (
     Tick,
 )
 from serving.errors import EngineFailed
-from serving.loop import Crashed, EngineLoop, Prefilled
+from serving.loop import EngineLoop
+from serving.outbox import Crashed, Prefilled
 from serving.state import EngineState
 from serving.step_times import StepTimes
 from tests.support.fake_engine import FakeExecutor, FakeManager, echo

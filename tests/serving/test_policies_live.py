@@ -22,7 +22,8 @@ from loong_jax.sim.config import SimConfig
 from loong_jax.sim.driver import Simulation
 from loong_jax.sim.workloads import Workload
 from loong_jax.types import Arrived, Emit, Finish, FinishReason, ProgramReady, Reject, Sampling, StepDone
-from serving.loop import Crashed, EngineLoop, SinkItem
+from serving.loop import EngineLoop
+from serving.outbox import Crashed, SinkItem
 from serving.state import EngineState
 from tests.support.real_engine import CHAOS_CLUSTERS, FIXTURES, DataPlane
 from tests.support.schedules import arcs

@@ -6,7 +6,7 @@ import pytest
 
 from loong_jax.types import Emit, Finish, FinishReason, Reject, RejectReason
 from serving.errors import EngineFailed, InvalidField, NotServing, QueueFull
-from serving.loop import Crashed, Prefilled
+from serving.outbox import Crashed, Prefilled
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.stream import RequestStream, StreamStart
 from tests.support.byte_tokenizer import EOS, byte_tokenizer
