@@ -14,9 +14,11 @@ from serving.errors import (
     EngineFailed,
     Forbidden,
     InvalidField,
+    NotPossible,
     NotServing,
     QueueFull,
     Refusal,
+    ShortDeadline,
     SlowReader,
     TooLong,
     TooManyCalls,
@@ -85,11 +87,14 @@ _KINDS: dict[type[Refusal], _Kind] = {
     TooLong: _Kind(400, "invalid_request_error", "context_length_exceeded"),
     Unauthenticated: _Kind(401, "authentication_error", "invalid_api_key"),
     Forbidden: _Kind(403, "permission_error", "not_allowed"),
+    NotPossible: _Kind(400, "invalid_request_error", "not_possible"),
     UnknownRequest: _Kind(404, "invalid_request_error", "not_found"),
     DuplicateRequest: _Kind(409, "invalid_request_error", "duplicate_request_id"),
     QueueFull: _Kind(429, "rate_limit_error", "queue_full"),
     TooManyCalls: _Kind(429, "rate_limit_error", "key_limit"),
-    SlowReader: _Kind(408, "invalid_request_error", "slow_reader"),  # counted, never sent: nobody reads
+    # Counted for gRPC, too, and never sent over HTTP, which has no deadlines, and where nobody reads.
+    SlowReader: _Kind(408, "invalid_request_error", "slow_reader"),
+    ShortDeadline: _Kind(408, "invalid_request_error", "short_deadline"),
     NotServing: _Kind(503, "service_unavailable_error", "not_serving"),
     EngineFailed: _Kind(500, "server_error", "engine_failed"),
 }

@@ -3,7 +3,7 @@
 import pytest
 
 from serving import errors as grpc_errors
-from serving.errors import InvalidField, QueueFull, Refusal, TooLong
+from serving.errors import InvalidField, QueueFull, Refusal, TooLong, TooManyCalls
 from serving.http import errors
 
 
@@ -18,7 +18,8 @@ def kinds() -> list[type[Refusal]]:
 
 @pytest.mark.parametrize("kind", kinds())
 def test_each_has_its_status(kind):
-    refusal = kind("f", "m") if issubclass(kind, InvalidField) else kind("m")
+    words = {InvalidField: ("f", "m"), TooLong: ("f", "m"), TooManyCalls: ("m", 1000)}
+    refusal = kind(*words.get(kind, ("m",)))
     assert errors.status(refusal) >= 400
     assert (errors.status(refusal) >= 500) == (kind.__name__ in {"NotServing", "EngineFailed", "ManyBodies"})
     assert errors.body(refusal)["error"]["code"] not in (None, "internal_error")
