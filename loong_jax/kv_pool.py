@@ -13,11 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from loong_jax.config import ClusterConfig, ModelConfig
-
-# What the pool's minor dimension is a multiple of. TPU tiles it by that, and a narrower pool would be copied whole; GPU
-# kernels swizzle shared memory over so many elements. As `pallas_kernels` says: chips.LANES, hopper.SWIZZLE_DIM.
-POOL_DIM_UNIT = {"tpu": 128, "gpu": 64}
-
+from loong_jax.local_sizes import pool_dim
 
 Leaf = TypeVar("Leaf")
 
@@ -41,11 +37,6 @@ def storage_dtype(model: ModelConfig, platform: str) -> jnp.dtype:
     if model.dtype == "bfloat16":
         return jnp.dtype(jnp.uint16 if platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(jnp.float32)
-
-
-def pool_dim(model: ModelConfig, platform: str) -> int:
-    unit = POOL_DIM_UNIT.get(platform, 1)
-    return -(-model.head_dim // unit) * unit
 
 
 def state_structs(

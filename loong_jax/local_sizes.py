@@ -1,4 +1,4 @@
-"""What one rank of tensor parallelism holds of a model, in numbers.
+"""What one rank of tensor parallelism holds of a model, in numbers, and how wide a head is in a pool.
 
 What it is not: the parameters themselves (`model/decoder.py`), or bytes (`cost/memory.py`).
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 import msgspec
 
 from loong_jax.config import ConfigError, ModelConfig
+
+_POOL_DIM_UNIT = {"tpu": 128, "gpu": 64}
+"""What a pool's minor dimension is a multiple of. TPU tiles it by that, and a narrower pool would be copied whole; GPU
+kernels swizzle shared memory over so many elements. As `pallas_kernels` says: chips.LANES, hopper.SWIZZLE_DIM."""
 
 
 class Local(msgspec.Struct, frozen=True):
@@ -36,3 +40,9 @@ def local_sizes(config: ModelConfig, tp: int) -> Local:
         intermediate_size=config.intermediate_size // tp,
         vocab_size=-(-config.vocab_size // tp),
     )
+
+
+def pool_dim(config: ModelConfig, platform: str) -> int:
+    """Values of a head in a pool on `platform` ("tpu", "gpu", or another, which pads nothing)."""
+    unit = _POOL_DIM_UNIT.get(platform, 1)
+    return -(-config.head_dim // unit) * unit

@@ -6,7 +6,7 @@ that, where a thread of the server could not be ended. What it says is a grammar
 What it is not: the choice of forms and their bounds, or of what to do when one is refused.
 
 Protocol, on standard input and output: a line of JSON each. The first is {"tokenizer_json", "vocab_size", "eos_ids",
-"cpu_s", "memory_bytes"}; each later one {"kind", "text"} is answered by {"grammar"} or {"error"}.
+"cpu_s", "wall_s", "memory_bytes"}; each later one {"kind", "text"} is answered by {"grammar"} or {"error"}.
 """
 
 import json
@@ -55,10 +55,15 @@ def main() -> None:
     tokenizer = open_tokenizer(first["tokenizer_json"], first["vocab_size"], first["eos_ids"])
     resource.setrlimit(resource.RLIMIT_AS, (first["memory_bytes"], first["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # both end the process, whatever it inherited
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF, signal.SIGALRM))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, first["cpu_s"])  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, first["cpu_s"])
+        signal.setitimer(signal.ITIMER_REAL, first["wall_s"])
         answered = answer(tokenizer, json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.write(json.dumps(answered) + "\n")
         sys.stdout.flush()
 

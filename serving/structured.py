@@ -26,6 +26,8 @@ from serving.proto.loong.v1 import loong_pb2 as pb
 _CHECKER = Path(__file__).with_name("grammar_checker.py")
 _ROOT = _CHECKER.parent.parent
 _KEPT = 64
+_WALL_PER_CPU = 20
+"""A compile that waits (for memory, say) ends after so many times its CPU time."""
 _TOKENIZER_FILE = "tokenizer.json"
 _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
@@ -154,6 +156,7 @@ class StructuredOutputs:
             "vocab_size": grammars.vocab_size,
             "eos_ids": grammars.eos_ids,
             "cpu_s": self._limits.cpu_s,
+            "wall_s": _WALL_PER_CPU * self._limits.cpu_s,
             "memory_bytes": self._limits.memory_bytes,
         }
         _send(process, first)
@@ -171,8 +174,10 @@ class StructuredOutputs:
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
-        if status == -signal.SIGPROF:
+        if status in (-signal.SIGPROF, -signal.SIGALRM):
             return f"takes more than {self._limits.cpu_s:g} s to compile"
+        if status == -signal.SIGABRT:  # what the library does when it gets no memory
+            return f"takes more than {self._limits.memory_bytes >> 20} MiB to compile"
         return f"compiling it ended with status {status}"
 
 

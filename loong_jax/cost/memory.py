@@ -13,10 +13,8 @@ from typing import NamedTuple
 
 from loong_jax.config import ConfigError, ModelConfig, ladder_for
 from loong_jax.cost.hardware import HARDWARE, Hardware
-from loong_jax.local_sizes import local_sizes
+from loong_jax.local_sizes import local_sizes, pool_dim
 
-LANES = 128
-"""TPU pools pad a head to so many values."""
 MAX_DEVICES = 16_384
 _CORES = {"tpu7x": 2}
 """Devices of a chip, where it is not one."""
@@ -29,8 +27,8 @@ class Topology(NamedTuple):
     num_devices: int
 
     @property
-    def is_tpu(self) -> bool:
-        return self.hardware.topology == "torus"
+    def platform(self) -> str:
+        return "tpu" if self.hardware.topology == "torus" else "gpu"
 
 
 class Fit(NamedTuple):
@@ -79,10 +77,10 @@ def weight_bytes(model: ModelConfig, tp: int) -> int:
     return (model.num_layers * layer + tables + d) * value_bytes(model)
 
 
-def kv_token_bytes(model: ModelConfig, tp: int, *, is_tpu: bool) -> int:
+def kv_token_bytes(model: ModelConfig, tp: int, platform: str) -> int:
     """Of one token on one device."""
-    dim = -(-model.head_dim // LANES) * LANES if is_tpu else model.head_dim
-    return 2 * model.num_layers * local_sizes(model, tp).num_kv_heads * dim * value_bytes(model)
+    heads = local_sizes(model, tp).num_kv_heads
+    return 2 * model.num_layers * heads * pool_dim(model, platform) * value_bytes(model)
 
 
 def value_bytes(model: ModelConfig) -> int:
@@ -101,7 +99,7 @@ def fits(model: ModelConfig, topology: Topology, share: float) -> list[Fit]:
 def _fit(model: ModelConfig, topology: Topology, tp: int, share: float) -> Fit:
     instances = topology.num_devices // tp
     try:
-        weights, token = weight_bytes(model, tp), kv_token_bytes(model, tp, is_tpu=topology.is_tpu)
+        weights, token = weight_bytes(model, tp), kv_token_bytes(model, tp, topology.platform)
     except ConfigError as error:
         return Fit(tp, instances, problem=str(error))
     room = int(share * topology.hardware.hbm_bytes) - weights

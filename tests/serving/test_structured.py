@@ -114,7 +114,7 @@ def test_white_space_ends(outputs, grammars):
         ({"json_schema": "false"}, "is no JSON object"),
         ({"json_schema": '{"not": {}}'}, "not"),
         ({"json_schema": '{"$ref": "http://127.0.0.1/x"}'}, "127.0.0.1"),
-        ({"json_schema": HANGS}, "takes more than 1 s to compile"),
+        ({"json_schema": HANGS}, "takes more than .* to compile"),  # time or memory, whichever ends first
         ({"regex": "(("}, "unclosed group"),
         ({"regex": r"(a)\1"}, "backreference"),
         ({"grammar": 'start: "a'}, "lexer error"),

@@ -5,7 +5,6 @@ import math
 import jax
 import pytest
 
-from loong_jax import kv_pool
 from loong_jax.config import ConfigError
 from loong_jax.cost import memory
 from loong_jax.cost.presets import MODELS
@@ -33,17 +32,15 @@ def test_a_real_models_weights():
     model = MODELS["llama-3.1-8b"]
     assert memory.weight_bytes(model, 1) == 2 * 8_030_261_248
     assert memory.weight_bytes(model, 4) == made_bytes(model, 4)
-    assert memory.kv_token_bytes(model, 1, is_tpu=True) == 2 * 32 * 8 * 128 * 2
-    assert memory.kv_token_bytes(model, 16, is_tpu=True) == 2 * 32 * 1 * 128 * 2  # eight heads, each on two devices
+    assert memory.kv_token_bytes(model, 1, "tpu") == 2 * 32 * 8 * 128 * 2
+    assert memory.kv_token_bytes(model, 16, "tpu") == 2 * 32 * 1 * 128 * 2  # eight heads, each on two devices
 
 
-def test_narrow_heads_are_padded_on_tpu_alone():
+@pytest.mark.parametrize(("platform", "dim"), [("tpu", 128), ("gpu", 64), ("cpu", 32)])
+def test_narrow_heads_are_padded_where_kernels_want_it(platform, dim):
     model = read_config(FIXTURES / "models" / "gqa")
-    assert memory.LANES == kv_pool.LANES
-    for platform in ("tpu", "gpu"):
-        dim = kv_pool.pool_dim(model, platform)
-        found = memory.kv_token_bytes(model, 1, is_tpu=platform == "tpu")
-        assert found == 2 * model.num_layers * model.num_kv_heads * dim * 4
+    assert model.head_dim == 32
+    assert memory.kv_token_bytes(model, 1, platform) == 2 * model.num_layers * model.num_kv_heads * dim * 4
 
 
 @pytest.mark.parametrize(
@@ -54,7 +51,7 @@ def test_narrow_heads_are_padded_on_tpu_alone():
 def test_topologies(text, kind, devices):
     topology = memory.topology_of(text)
     assert (topology.hardware.name, topology.num_devices) == (kind, devices)
-    assert topology.is_tpu == (kind[0] != "H")
+    assert topology.platform == ("gpu" if kind[0] == "H" else "tpu")
 
 
 @pytest.mark.parametrize(
