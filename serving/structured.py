@@ -174,8 +174,10 @@ class StructuredOutputs:
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
-        if status in (-signal.SIGPROF, -signal.SIGALRM):
+        if status == -signal.SIGPROF:
             return f"takes more than {self._limits.cpu_s:g} s to compile"
+        if status == -signal.SIGALRM:
+            return f"takes more than {_WALL_PER_CPU * self._limits.cpu_s:g} s to compile, waiting"
         if status == -signal.SIGABRT:  # what the library does when it gets no memory
             return f"takes more than {self._limits.memory_bytes >> 20} MiB to compile"
         return f"compiling it ended with status {status}"
