@@ -14,12 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NUM_DEVICES = 16  # DoP 8 x tp 2
 
-# Sixteen device threads on few cores: without more pool threads and patience, XLA ends a process whose slow rank
-# keeps a collective waiting.
 XLA_FLAGS = (
     f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+    # Sixteen device threads on few cores: without more pool threads and patience, XLA ends a process whose slow rank
+    # keeps a collective waiting.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+    # Most of the suite's time is LLVM's. Without its optimizations programs compile five times as fast, and run fast
+    # enough at the sizes of tests.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
 )
 
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS)).strip()

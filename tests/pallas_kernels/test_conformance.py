@@ -54,9 +54,6 @@ if jax.__version_info__ >= MIN_JAX:  # on older ones they refuse everything: `te
     FLASH["gpu"] = partial(flash.IMPLEMENTATIONS["gpu"], interpret=plgpu.InterpretGPUParams())
     PAGED["gpu"] = paged_on_gpu
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""For interpreted kernels, which spend most of their time there."""
-
 UNSUPPORTED: dict[tuple[str, str], frozenset[str]] = {
     # pages of few tokens are read as rows of the pool; for these that would be a copy of it
     ("paged_partial", "tpu"): frozenset({"page 3", "dim 256, page 2"}),
@@ -120,8 +117,7 @@ def check(got: Partial, want: Partial, tolerance: float) -> None:
 def run(op: str, table: dict, implementation: str, case, inputs: dict) -> Partial:
     """Jitted with all data traced; options static."""
     options = {"scale": case.dim**-0.5, "window": case.window, "soft_cap": case.soft_cap}
-    compiler_options = QUICK_TO_COMPILE if implementation == "tpu" else None
-    function = jax.jit(lambda kw: table[implementation](**kw, **options), compiler_options=compiler_options)
+    function = jax.jit(lambda kw: table[implementation](**kw, **options))
     if case.name in UNSUPPORTED.get((op, implementation), ()):
         with pytest.raises(NotImplementedError):
             function(inputs)
