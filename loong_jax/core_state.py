@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from typing import NamedTuple
 
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.ledger import Ledger
 from loong_jax.request_state import NO_SLOT, RequestState
-from loong_jax.types import InstanceView, Program, Reservation, Run
+from loong_jax.types import InstanceView, Phase, Program, Record, Reservation, Run
 
 MAX_QUEUED_STEPS = 2
 """INV-6: one running and one queued step per instance."""
@@ -25,20 +24,17 @@ PRIOR_OUTPUT = 256
 """Generated tokens of a request, before any has ended."""
 
 
-class Step(NamedTuple):
+class Step(Record, frozen=True):
     """A step in flight. `samples`: (request, index of the token it samples) in the order of `StepDone.tokens`;
     `requests`: every request whose KV the step touches; `scored`: (request, runs) in the order of `StepDone.scores`."""
 
     step: int
     instances: tuple[int, ...]
     is_prefill: bool
+    is_decode: bool
     samples: tuple[tuple[int, int], ...]
     requests: tuple[int, ...]
     scored: tuple[tuple[int, tuple[Run, ...]], ...] = ()
-
-    @property
-    def is_decode(self) -> bool:
-        return bool(self.samples) and not self.is_prefill
 
 
 class CoreState:
@@ -60,6 +56,10 @@ class CoreState:
         self.blocked: set[int] = set()
         self.ready: frozenset[tuple[Program, tuple[int, ...]]] = frozenset()
         self.preparing: set[tuple[Program, tuple[int, ...]]] = set()
+        # What `issue.py` found out: groups that the ladder knows, buckets that `buckets_of` has READY.
+        self.groups: dict[tuple[int, ...], frozenset[int]] = {}
+        self.buckets: dict[tuple[Phase, tuple[int, ...], int | None], int] = {}
+        self.buckets_of = self.ready
         self.failures: dict[int, int] = {}  # request -> steps that failed since the last that did not
         self.reservations: dict[int, Reservation] = {}
         self.draining = False
@@ -71,6 +71,7 @@ class CoreState:
         self.now_us = 0
         self.changes = 0
         self._waiting: tuple[RequestState, ...] | None = None
+        self._usual_prompt = 0
 
     @property
     def version(self) -> int:
@@ -110,7 +111,9 @@ class CoreState:
     @property
     def usual_prompt(self) -> int:
         """The length that nine of ten recent prompts do not exceed."""
-        return sorted(self.recent)[len(self.recent) * 9 // 10] if self.recent else 0
+        if not self._usual_prompt and self.recent:
+            self._usual_prompt = sorted(self.recent)[len(self.recent) * 9 // 10]
+        return self._usual_prompt
 
     @property
     def capacity_tokens(self) -> int:
@@ -131,6 +134,7 @@ class CoreState:
         self.requests[request.id] = request
         self.waiting[request.id] = None
         self.recent.append(request.prompt_len)
+        self._usual_prompt = 0
         self._waiting = None
         self.changes += 1
 
@@ -179,8 +183,9 @@ class CoreState:
     ) -> int:
         step = self.next_step
         self.next_step = step + 1
-        self.steps[step] = record = Step(step, instances, is_prefill, samples, requests, scored)
-        self.changes += not record.is_decode
+        is_decode = bool(samples) and not is_prefill
+        self.steps[step] = Step(step, instances, is_prefill, is_decode, samples, requests, scored)
+        self.changes += not is_decode
         for instance in instances:
             self.queued[instance] += 1
             self.prefilling[instance] += is_prefill

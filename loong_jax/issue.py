@@ -86,11 +86,10 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
     """The hot path: a rule is only spelled out when it is broken."""
     requests, ledger = state.requests, state.ledger
     instances = planned.instances
-    group = set(instances)
+    group = _check_free_group(state, instances)
     masters = dict.fromkeys(instances, 0)
     rows: list[DecodeRow] = []
     samples: dict[int, int] = {}
-    _check_free_group(state, instances)
     for planned_row in planned.rows:
         master = planned_row.master
         request = requests.get(planned_row.request)
@@ -99,8 +98,8 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
         issued = request.issued
         if (
             request.holes
-            or request.score
-            or issued >= request.prompt_len + request.max_tokens
+            or (request.num_prompt_top is not None and request.score)
+            or issued >= request.end
             or master not in group
             or not group.issuperset(ledger.tokens(request.id))
         ):
@@ -140,9 +139,9 @@ def decode(state: CoreState, planned: PlannedDecode) -> RunDecode:
 def prefill(state: CoreState, planned: PlannedPrefill) -> RunPrefill:
     instances = planned.instances
     ladder, page_tokens = state.cluster.ladder, state.cluster.page_tokens
-    _check_free_group(state, instances)
+    group = _check_free_group(state, instances)
     _require(1 <= len(planned.rows) <= ladder.prefill_rows, "prefill: number of rows", len(planned.rows))
-    requests = [_check_prefill_row(state, row, set(instances)) for row in planned.rows]
+    requests = [_check_prefill_row(state, row, group) for row in planned.rows]
     _require(len({r.id for r in requests}) == len(requests), "prefill: a request twice", planned.rows)
     _require(all(r.score == planned.score for r in requests), "prefill: scored beside unscored", planned.rows)
     units = [buckets.num_units(row.runs, page_tokens) for row in planned.rows]
@@ -272,12 +271,24 @@ def _start(state: CoreState, request: RequestState) -> None:
     state.start(request)
 
 
-def _check_free_group(state: CoreState, instances: tuple[int, ...]) -> None:
+def _check_free_group(state: CoreState, instances: tuple[int, ...]) -> frozenset[int]:
+    """The group as a set. What holds of it for ever is checked once."""
+    group = state.groups.get(instances)
+    if group is None:
+        group = _group(state, instances)
+    for instance in instances:
+        if not state.has_room(instance):
+            raise PlanError(f"INV-6: group: instance takes no step now: {instance}, {state.queued[instance]}")
+    return group
+
+
+def _group(state: CoreState, instances: tuple[int, ...]) -> frozenset[int]:
     _require(list(instances) == sorted(set(instances)), "group: instances are not sorted and unique", instances)
     _require(len(instances) in state.cluster.ladder.dops, "group: its size is no DoP of the ladder", instances)
     for instance in instances:
         _require(0 <= instance < state.cluster.num_instances, "group: no such instance", instance)
-        _require(state.has_room(instance), "INV-6: group: instance takes no step now", instance, state.queued[instance])
+    group = state.groups[instances] = frozenset(instances)
+    return group
 
 
 def _check_ready(state: CoreState, instances: tuple[int, ...], program: Program) -> None:
@@ -286,9 +297,18 @@ def _check_ready(state: CoreState, instances: tuple[int, ...], program: Program)
 
 def _ready_bucket(state: CoreState, instances: tuple[int, ...], phase: Phase, smallest: int | None) -> int:
     """The smallest READY bucket that is at least `smallest`."""
-    ladder = state.cluster.ladder
+    if state.buckets_of is not state.ready:
+        state.buckets_of, state.buckets = state.ready, {}
+    key = (phase, instances, smallest)
+    found = state.buckets.get(key)
+    if found is None:
+        found = state.buckets[key] = _find_bucket(state, instances, phase, smallest)
+    return found
+
+
+def _find_bucket(state: CoreState, instances: tuple[int, ...], phase: Phase, smallest: int | None) -> int:
     if smallest is not None:
-        for bucket in ladder.buckets(phase):
+        for bucket in state.cluster.ladder.buckets(phase):
             if bucket >= smallest and (Program(phase, len(instances), bucket), instances) in state.ready:
                 return bucket
     raise PlanError(f"group: no READY {phase} program of bucket {smallest} or more on {instances}")
@@ -299,7 +319,7 @@ def _check_group(state: CoreState, instances: tuple[int, ...], program: Program)
     _check_ready(state, instances, program)
 
 
-def _check_decode_row(state: CoreState, request: RequestState, master: int, group: set[int]) -> None:
+def _check_decode_row(state: CoreState, request: RequestState, master: int, group: frozenset[int]) -> None:
     """Says which rule a decode row breaks."""
     _require(not request.holes, "decode: request lacks KV", request.id, request.holes)
     _require(not request.score, "decode: the prompt is not scored yet", request.id)
@@ -309,7 +329,7 @@ def _check_decode_row(state: CoreState, request: RequestState, master: int, grou
     _require(group.issuperset(held), "decode: KV outside the group", request.id, sorted(held), sorted(group))
 
 
-def _check_prefill_row(state: CoreState, row: PlannedPrefillRow, group: set[int]) -> RequestState:
+def _check_prefill_row(state: CoreState, row: PlannedPrefillRow, group: frozenset[int]) -> RequestState:
     request = _request(state, row.request)
     _require(not request.steps, "prefill: request has a step in flight", request.id)
     _require(bool(row.runs) and all(run.count > 0 for run in row.runs), "prefill: empty runs", row)

@@ -54,9 +54,9 @@ class Ledger:
     def owners(self, instance: int, page: int) -> int:
         return self._owners[instance][page]
 
-    def open_page(self, request: int, position: int, hint: int = -1) -> tuple[int, PageRun] | None:
-        """The (instance, page) that the token at `position` may join: it ends there, has room and one owner.
-        `hint`: the instance to look at first."""
+    def open_page(self, request: int, position: int, hint: int = -1) -> tuple[int, int] | None:
+        """(instance, tokens held) of the page that the token at `position` may join: it ends there, has room and one
+        owner. `hint`: the instance to look at first."""
         for instance in (hint, *self.tokens(request)):
             home = self.table.home(request, instance)
             if home is None or home.extents[-1].end != position:
@@ -64,7 +64,7 @@ class Ledger:
             last = home.extents[-1]
             page, first = last.pages[-1], last.first + (len(last.pages) - 1) * self.page_tokens
             if position - first < self.page_tokens and self._owners[instance][page] == 1:
-                return instance, PageRun(first, page, position - first)
+                return instance, position - first
             return None
         return None
 

@@ -185,7 +185,7 @@ class Manager:
             return
         if len(event.tokens) != len(step.samples) or len(event.logprobs) != len(step.samples):
             raise ValueError(f"step {event.step} samples {len(step.samples)} tokens, {len(event.tokens)} came")
-        requests, dop = self.state.requests, len(step.instances)
+        requests, dop, slides = self.state.requests, len(step.instances), self.state.cluster.kv_window > 0
         for (request_id, runs), scores in zip(step.scored, event.scores, strict=True):
             new = requests[request_id].take_scores(runs, scores) if request_id in requests else None
             if new is not None:
@@ -201,7 +201,7 @@ class Manager:
                 self._append(request, token, logprob, dop, top)
                 while request.early and request_id in requests and len(request.tokens) in request.early:
                     self._append(request, *request.early.pop(len(request.tokens)))
-                if request_id in requests:
+                if slides and request_id in requests:
                     self._out += kv_upkeep.slide(self.state, request)
             elif index > len(request.tokens):
                 request.early[index] = (token, logprob, dop, top)
@@ -350,17 +350,15 @@ class Manager:
         before = len(out)
         for evict in plan.evicts:
             out.append(issue.evict(state, evict))
-        busy: set[int] = set()
+        if len(plan.decodes) + len(plan.prefills) + len(plan.migrates) > 1:
+            _check_apart(plan)
         for migrate in plan.migrates:
-            self._claim(busy, (migrate.rehome.src, migrate.rehome.dst))
             out.extend(issue.migrate(state, migrate))
         for prefill in plan.prefills:
-            self._claim(busy, prefill.instances)
             out.append(issue.prefill(state, prefill))
             for row in prefill.rows:
                 out += kv_upkeep.slide(state, state.requests[row.request])
         for decode in plan.decodes:
-            self._claim(busy, decode.instances)
             out.append(issue.decode(state, decode))
         changed = len(out) > before
         for prepare in plan.prepares:
@@ -372,12 +370,6 @@ class Manager:
             self._reserve(plan)
         return changed
 
-    @staticmethod
-    def _claim(busy: set[int], instances: tuple[int, ...]) -> None:
-        if not busy.isdisjoint(instances):
-            raise issue.PlanError(f"plan: an instance serves two groups: {instances}")
-        busy.update(instances)
-
     def _reserve(self, plan: Plan) -> None:
         """A reservation that is renewed keeps its end; one that is not renewed ends."""
         state = self.state
@@ -387,3 +379,13 @@ class Manager:
                 raise issue.PlanError(f"INV-8: reservation beyond hold_us: {reservation}")
             kept[reservation.request] = state.reservations.get(reservation.request, reservation)
         state.reservations = kept
+
+
+def _check_apart(plan: Plan) -> None:
+    """No instance serves two groups."""
+    busy: set[int] = set()
+    pairs = [(migrate.rehome.src, migrate.rehome.dst) for migrate in plan.migrates]
+    for instances in (*pairs, *(step.instances for step in (*plan.prefills, *plan.decodes))):
+        if not busy.isdisjoint(instances):
+            raise issue.PlanError(f"plan: an instance serves two groups: {instances}")
+        busy.update(instances)

@@ -34,7 +34,7 @@ class RequestState:
     __slots__ = (
         "id", "arrived_us", "slot", "tokens", "prompt_len", "max_tokens", "sampling", "stop_ids", "issued", "holes",
         "steps", "early", "sampled_on", "last_master", "num_evictions", "rope_len", "adjustment", "needs_history",
-        "num_prompt_top", "num_scored", "dropped", "target", "first_token_us", "_ledger",
+        "num_prompt_top", "num_scored", "dropped", "target", "first_token_us", "request", "end", "_ledger",
     )  # fmt: skip
 
     def __init__(
@@ -52,7 +52,7 @@ class RequestState:
         target: Target = NO_TARGET,
     ) -> None:
         """`rope_len`: that of the request whose KV it shares; None: from its own prompt and `max_tokens`."""
-        self.id = request
+        self.id = self.request = request
         self.arrived_us = arrived_us
         self.slot = NO_SLOT
         self.tokens = array("i")
@@ -69,6 +69,7 @@ class RequestState:
         self.sampled_on: tuple[int, ...] = ()  # instances whose devices have the newest token
         self.last_master = -1
         self.num_evictions = 0
+        self.end = self.prompt_len + max_tokens  # tokens it has when it reaches `max_tokens`
         # Fixed here for life: cached keys must depend neither on chunks nor on how far decoding has come.
         self.rope_len = self.end if rope_len is None else rope_len
         self.adjustment = adjustment
@@ -87,11 +88,6 @@ class RequestState:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_len
-
-    @property
-    def end(self) -> int:
-        """Tokens it has when it reaches `max_tokens`."""
-        return self.prompt_len + self.max_tokens
 
     @property
     def score(self) -> bool:
@@ -139,15 +135,12 @@ class RequestState:
     # ---- what a policy sees of it (`types.RequestView`)
 
     @property
-    def request(self) -> int:
-        return self.id
-
-    @property
     def running(self) -> bool:
+        if self.holes or (self.num_prompt_top is not None and self.score):
+            return False  # no token is sampled before the prompt's scores are out
         # Where every device that has the newest token lost its pool, only the host can feed it, once it knows it; nor
-        # can the devices where penalties depend on it. And no token is sampled before the prompt's scores are out.
-        fed = self.issued == len(self.tokens) or (bool(self.sampled_on) and not self.needs_history)
-        return fed and not self.holes and not self.score
+        # can the devices where penalties depend on it.
+        return self.issued == len(self.tokens) or (bool(self.sampled_on) and not self.needs_history)
 
     @property
     def kv(self) -> Mapping[int, int]:
@@ -164,7 +157,7 @@ class RequestState:
     @property
     def open_page(self) -> tuple[int, int] | None:
         tail = self._ledger.open_page(self.id, self.issued - 1, self.last_master)
-        return None if tail is None else (tail[0], self._ledger.page_tokens - tail[1].count)
+        return None if tail is None else (tail[0], self._ledger.page_tokens - tail[1])
 
     @property
     def device_group(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from itertools import combinations
 
 from loong_jax.policy.draft import MAX_QUEUED_STEPS
 from loong_jax.policy.groups import mask_of
-from loong_jax.policy.scale import DecodeGroup
+from loong_jax.policy.scale import DecodeGroup, on_one
 from loong_jax.types import InstanceView, Plan, PlannedDecode
 
 NOTHING = Plan()
@@ -72,9 +72,17 @@ class Again:
         planned = {mask_of(step.instances): step for step in steps}
         self._missing = 0
         for group in groups:
-            step = planned.get(group.mask)
+            step = planned.get(group.mask) or _only_step(group)
             if step is not None and len(step.rows) == len(group.rows):
                 self._kept[group.mask] = _Kept(step)
             elif step is not None or group.mask not in self._kept:
                 self._kept.pop(group.mask, None)
                 self._missing |= group.mask
+
+
+def _only_step(group: DecodeGroup) -> PlannedDecode | None:
+    """What a group will do next, where that is no choice: it has one instance."""
+    if group.group is None or group.group.dop > 1 or len(group.rows) > group.group.bucket:
+        return None
+    rows = on_one(group.group.instances[0], group.rows)
+    return PlannedDecode(group.group.instances, tuple(rows)) if len(rows) == len(group.rows) else None

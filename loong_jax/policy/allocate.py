@@ -80,9 +80,10 @@ def _slack_s(draft: Draft, group: DecodeGroup, times: Times, least_s: float) -> 
     now_us, default_us = draft.view.now_us, draft.limits.token_us
     step_s = group.step_s(times.cost)
     slack_us = lost_s = float("inf")
-    for row in group.rows:
+    for row in group.rows:  # `_ahead_us` written out
         token_us = PACE * (row.target.tpot_us or default_us)
-        ahead_us = _ahead_us(row, token_us, now_us)
+        first_us = row.first_token_us
+        ahead_us = (first_us if first_us >= 0 else now_us) + token_us * (row.issued - row.prompt_len) - now_us
         if ahead_us > -FAR_BEHIND * token_us:
             slack_us = min(slack_us, ahead_us)
         else:  # cannot be brought back: it does not hold the others, nor is it pushed much further
@@ -157,9 +158,12 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
     home = max(streams, key=lambda group: (len(group.rows), -group.rows[0].request))
     (dst,) = members(home.mask)
     token_s = draft.limits.token_us * 1e-6
-    for group in sorted(streams, key=lambda group: (group.kv_tokens, group.rows[0].request)):
+    if _computes_prompts(draft, home.mask):
+        return []
+    movable = [group for group in streams if group is not home and not _computes_prompts(draft, group.mask)]
+    for group in sorted(movable, key=lambda group: (group.kv_tokens, group.rows[0].request)):
         rows = len(home.rows) + len(group.rows)
-        if group is home or len(group.rows) > len(home.rows):
+        if len(group.rows) > len(home.rows):
             continue
         if times.cost.decode_s(1, rows, rows, home.kv_tokens + group.kv_tokens) > FULL * token_s:
             continue
@@ -172,6 +176,11 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
             if planned or draft.held:
                 return planned
     return []
+
+
+def _computes_prompts(draft: Draft, mask: int) -> bool:
+    """Where an instance does, the other of a move would stand still."""
+    return any([draft.view.instances[i].prefilling for i in members(mask)])
 
 
 def _program(draft: Draft) -> Program:
@@ -193,8 +202,8 @@ def _move(
     headroom = draft.limits.decode_headroom_pages * (draft.load[dst] + 1)
     if pages + headroom > draft.free[dst] or (_program(draft), (min(src, dst), max(src, dst))) not in draft.view.ready:
         return []
-    if mask & draft.taken or any(draft.view.instances[i].prefilling for i in (src, dst)):
-        return []  # behind a prefill on one of them the other would stand still
+    if mask & draft.taken or _computes_prompts(draft, mask):
+        return []
     if mask & ~draft.room:
         draft.held |= mask
         return []
@@ -205,7 +214,7 @@ def _move(
 def _worth(draft: Draft, group: DecodeGroup, times: Times) -> tuple[float, float]:
     """Instance seconds of staying apart (the fixed cost of its steps until its rows end), and of moving."""
     mean, num = draft.view.mean_output, len(group.rows)
-    longest = max(expected_output(row, mean) - row.num_generated for row in group.rows)
+    longest = max([expected_output(row, mean) - row.num_generated for row in group.rows])
     tokens = group.kv_tokens // num
     move_s = num * _moves_s(draft, times, tokens, tokens // draft.cluster.page_tokens + 1)
     return longest * times.cost.decode_s(1, 0, 0, 0), move_s

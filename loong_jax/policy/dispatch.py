@@ -204,30 +204,31 @@ class Memory:
         self._page_tokens = view.page_tokens
         self._mean_output = view.mean_output
         self._capacity = sum(view.instances[i].num_pages for i in alive)
-        self._left = sum(draft.free[i] for i in alive)
+        self._running = [request for request in active if request.running]  # these have all their KV
+        self._left = sum(draft.free[i] for i in alive) - len(self._running)
         self._growth: list[tuple[float, int]] = []  # (pages yet to come, pages when its prompt is through)
-        self._sum = 0.0
-        self._holders = 0
-        page_tokens, mean, growth = self._page_tokens, self._mean_output, self._growth
-        window = draft.cluster.kv_window
+        self._sum = self._most_pages()
+        self._is_exact = False
+        self._holders = len(self._running)
         for request in active:
-            if request.running:  # has all its KV: no need to look where (the hot path: `_note` written out)
-                pages, generated = -(-request.issued // page_tokens), request.known - request.prompt_len
-                expected = min(request.max_tokens, max(mean, 1.25 * generated + 8))
-                more = 1.0 if window else max(1.0, (expected - generated) / page_tokens)
-                growth.append((more, pages))
-                self._sum += more + pages
-                self._left -= 1
-                self._holders += 1
+            if request.running or not (request.kv or request.in_flight):  # else evicted: it must be admitted again
                 continue
-            if request.kv or request.in_flight:
-                missing = draft.pages_needed(request)
-                pages = sum(resident.pages for resident in request.resident) + missing
-            else:
-                continue  # evicted: it must be admitted again
+            missing = draft.pages_needed(request)
             self._left -= missing
             self._holders += 1
-            self._note(request, pages)
+            self._note(request, sum(resident.pages for resident in request.resident) + missing)
+
+    def _most_pages(self) -> float:
+        """No fewer than the running ones will hold: often that is few enough, and nobody looks closer."""
+        issued = sum([request.issued for request in self._running])
+        generated = issued - sum([request.prompt_len for request in self._running])
+        num = len(self._running)
+        return 2 * num + (issued + num * (self._mean_output + 8) + 0.25 * generated) / self._page_tokens
+
+    def _look_closer(self) -> None:
+        self._is_exact = True
+        self._growth += [(self._future(r), -(-r.issued // self._page_tokens)) for r in self._running]
+        self._sum = sum([growth + pages for growth, pages in self._growth])
 
     def _note(self, request: RequestView, pages: int) -> None:
         growth = self._future(request)
@@ -254,6 +255,8 @@ class Memory:
 
     def _peak_fits(self, request: RequestView, pages: int) -> bool:
         growth = self._future(request)
+        if not self._is_exact and self._sum + growth + pages > self._capacity:
+            self._look_closer()
         if self._sum + growth + pages <= self._capacity:
             return True  # even if none ended before the others
         held = peak = 0.0

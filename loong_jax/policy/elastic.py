@@ -86,7 +86,8 @@ class Elastic:
             migrates = allocate.consolidated(draft, decode.groups, times, long.homes)
             price = (self._line.weight + sum(c.weight for c in begun)) / len(view.instances)
             planner = PrefillPlanner(draft, times, allocate.allowance(draft, decode.groups, times), price, long)
-            planner.plan(dispatch.admitted(draft, view.active, dispatch.in_order([*begun, *fresh]), places))
+            if planner.any_open:
+                planner.plan(dispatch.admitted(draft, view.active, dispatch.in_order([*begun, *fresh]), places))
             prefills, reservations = planner.prefills, planner.reservations
         plan = _resolved(draft, decode.plan(), prefills, migrates, reservations)
         if not (fresh or begun or plan.evicts or plan.prepares):

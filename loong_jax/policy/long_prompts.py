@@ -9,7 +9,6 @@ What it is not: an order (`dispatch.py`); a long prompt starts when its turn com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from loong_jax.cost import row_pairs
 from loong_jax.policy.draft import Draft
@@ -35,6 +34,8 @@ class LongPrompts:
         self._draft, self._times, self._lacking = draft, times, lacking
         self._num_alive = draft.alive.bit_count()
         self._usual_s = draft.limits.chunk_us * 1e-6
+        self._others_are_brief: bool | None = None
+        self._homes = -1
 
     def is_long(self, request: RequestView) -> bool:
         return self._times.alone_s(request.known, 0) > MANY_CHUNKS * self._usual_s
@@ -53,19 +54,29 @@ class LongPrompts:
         apart = self.others_are_brief and self.most_instances(request) < self._num_alive
         return UNDISTURBED * self._usual_s if apart else self._usual_s
 
-    @cached_property
+    @property
     def others_are_brief(self) -> bool:
         """Whether a quarter of the instances serves the usual prompt soon."""
+        if self._others_are_brief is None:
+            self._others_are_brief = self._find_brief()
+        return self._others_are_brief
+
+    def _find_brief(self) -> bool:
         tokens, quarter = self._draft.view.usual_prompt, self._num_alive // 4
         if not tokens or not quarter:
             return False
         seconds = min(self._times.step_s(dop, tokens, row_pairs(tokens, 0), 0) for dop in range(1, quarter + 1))
         return seconds <= BRIEF * self._usual_s
 
-    @cached_property
+    @property
     def homes(self) -> int:
         """Instances with KV of long prompts that are not through: rows that decode there stand in their way."""
-        return mask_of(i for request in self._lacking if self.is_long(request) for i in request.kv)
+        if self._homes < 0:
+            self._homes = 0
+            for request in self._lacking:
+                if self.is_long(request):
+                    self._homes |= mask_of(request.kv)
+        return self._homes
 
     def under_way(self) -> bool:
         """Whether a chunk of one is being computed apart from the others: they are to find room at once."""

@@ -62,11 +62,16 @@ class PrefillPlanner:
         self.prefills: list[PlannedPrefill] = []
         self.reservations: list[Reservation] = []
 
+    @property
+    def any_open(self) -> bool:
+        """Whether an instance is left that somebody may start on."""
+        return (self.allowance.open | self.allowance.urgent) & ~self.draft.taken & ~self.draft.held != 0
+
     def plan(self, candidates: Sequence[Candidate]) -> None:
         """Each in its turn, until no instance is open."""
         left = list(candidates)
         most = min(self.draft.limits.batch_candidates, self.draft.cluster.ladder.prefill_rows)
-        while left and (self.allowance.open | self.allowance.urgent) & ~self.draft.taken & ~self.draft.held:
+        while left and self.any_open:
             head = left[0]
             started: set[int] = set()
             if not head.request.kv:

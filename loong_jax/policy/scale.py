@@ -21,18 +21,21 @@ STALL = 0.1
 class DecodeGroup:
     """Decode rows whose KV ties them together. `need`: where that is; `group`: what will serve them, if READY."""
 
-    __slots__ = ("_kv_tokens", "group", "need", "rows")
+    __slots__ = ("_in_flight", "_kv_tokens", "group", "need", "rows")
 
     def __init__(self, need: int, group: Group | None, rows: list[RequestView]) -> None:
         self.need = need
         self.group = group
         self.rows = rows
         self._kv_tokens = -1
+        self._in_flight: bool | None = None
 
     @property
     def in_flight(self) -> bool:
         """Whether a step of it is under way (or of a row that joined it)."""
-        return any(row.in_flight for row in self.rows)
+        if self._in_flight is None:
+            self._in_flight = any([row.in_flight for row in self.rows])
+        return self._in_flight
 
     @property
     def targeted(self) -> bool:
@@ -43,10 +46,10 @@ class DecodeGroup:
     def kv_tokens(self) -> int:
         """KV that a step reads on the fullest instance."""
         if self._kv_tokens < 0:
-            held: dict[int, int] = {}
+            held = dict.fromkeys(members(self.mask), 0)
             for row in self.rows:
                 for instance, tokens in row.kv.items():
-                    held[instance] = held.get(instance, 0) + tokens
+                    held[instance] += tokens
             self._kv_tokens = max(held.values(), default=0)
         return self._kv_tokens
 
@@ -70,22 +73,28 @@ class DecodePlanner:
     def _decode_groups(self, decoding: Sequence[RequestView]) -> list[DecodeGroup]:
         """Rows that share an instance are served together, as far as a READY group spans them all."""
         out: list[DecodeGroup] = []
+        joins: dict[int, DecodeGroup] = {}  # what rows that need these instances join
         for request in decoding:
             need = 0
             for instance in request.kv:
                 need |= 1 << instance
             if not need:
                 need = 1 << self._emptiest()
-            for group in out:
-                if group.need & need == need:  # the common case
-                    group.rows.append(request)
-                    break
+            group = joins.get(need)
+            if group is not None:  # the common case
+                group.rows.append(request)
+                continue
+            group = next((group for group in out if group.need & need == need), None)
+            if group is not None:
+                group.rows.append(request)
             else:
                 group = DecodeGroup(need, self.draft.ready.smallest(Phase.DECODE, need, self.draft.alive), [request])
                 if group.group is None and not self.draft.want(Phase.DECODE, need, 1):
                     self.draft.stuck.append(request)
                 out.append(group)
-                self._merge(out, group)
+                if self._merge(out, group):
+                    joins.clear()
+            joins[need] = group
         mean = self.draft.view.mean_output
         for group in out:
             if group.group is not None and group.group.mask != group.need:
@@ -94,15 +103,15 @@ class DecodePlanner:
                 self.draft.load[instance] += len(group.rows)
                 self.draft.stall[instance] += STALL * len(group.rows) / mean
         # Groups that overlap and cannot merge take turns.
-        out.sort(key=lambda group: (min(row.in_flight for row in group.rows), group.rows[0].request))
+        out.sort(key=lambda group: (min([row.in_flight for row in group.rows]), group.rows[0].request))
         return out
 
     def _emptiest(self) -> int:
         return max(members(self.draft.alive), key=lambda i: (self.draft.free[i], -i))
 
-    def _merge(self, out: list[DecodeGroup], group: DecodeGroup) -> None:
-        """Take in the groups that `group` overlaps, where a READY group spans both."""
-        merged = True
+    def _merge(self, out: list[DecodeGroup], group: DecodeGroup) -> bool:
+        """Take in the groups that `group` overlaps, where a READY group spans both; whether there was one."""
+        before, merged = len(out), True
         while merged:
             merged = False
             for other in out:
@@ -116,6 +125,7 @@ class DecodePlanner:
                     group.rows = sorted(group.rows + other.rows, key=lambda row: row.request)
                     merged = True
                     break
+        return len(out) < before
 
     @property
     def mask(self) -> int:
@@ -153,9 +163,11 @@ class DecodePlanner:
     def _masters(self, group: Group, rows: Sequence[RequestView]) -> tuple[list[PlannedDecodeRow], list[RequestView]]:
         """A master per row: the holder of its open page, else the holder with the fewest rows that has a free page,
         else any other member. Also the rows that find no page in the group; the oldest are served first."""
+        instances, bucket, free = group.instances, group.bucket, self.draft.free
+        if len(instances) == 1 and len(rows) <= free[instances[0]]:
+            return on_one(instances[0], rows)[:bucket], []
         out: list[PlannedDecodeRow] = []
         needy: list[RequestView] = []
-        instances, bucket, free = group.instances, group.bucket, self.draft.free
         counts, used = dict.fromkeys(instances, 0), dict.fromkeys(instances, 0)
         for row in rows:
             device = row.device_group
@@ -192,3 +204,13 @@ class DecodePlanner:
         if best is not group.group:
             group.group, group.need = best, best.mask
             self._merge(self.groups, group)
+
+
+def on_one(instance: int, rows: Sequence[RequestView]) -> list[PlannedDecodeRow]:
+    """Of the rows, all of whose KV it holds, those that need not wait for the host."""
+    out: list[PlannedDecodeRow] = []
+    for row in rows:
+        device = row.device_group
+        if not device or instance in device:
+            out.append(PlannedDecodeRow(row.request, instance))
+    return out

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from loong_jax.ledger import InvariantError, Ledger
 from loong_jax.sim.config import StepTimes
@@ -24,6 +23,7 @@ from loong_jax.types import (
     CopyPages,
     Migrate,
     Phase,
+    Record,
     Reset,
     RunDecode,
     RunPrefill,
@@ -38,7 +38,7 @@ FILLER, STOP = 1, 2
 MAX_QUEUED = 2
 
 
-class InFlight(NamedTuple):
+class InFlight(Record, frozen=True):
     command: StepCommand
     instances: tuple[int, ...]
     seconds: float
@@ -123,11 +123,10 @@ class SimExecutor:
         waiting = self._in_flight.get(step)
         if waiting is None or step in self._started:
             return
-        queues = [self._queues[instance] for instance in waiting.instances]
-        for queue in queues:
-            if queue[0] != step:
+        for instance in waiting.instances:
+            if self._queues[instance][0] != step:
                 return
-        partner = self._partner(waiting, queues) if self._fused else None
+        partner = self._partner(waiting) if self._fused else None
         if partner is None:
             self._start((waiting,), waiting.seconds, now_us)
             return
@@ -135,9 +134,10 @@ class SimExecutor:
         prefill, decode = (waiting, other) if isinstance(waiting.command, RunPrefill) else (other, waiting)
         self._start((waiting, other), prefill.seconds + decode.decode_extra_s, now_us)
 
-    def _partner(self, first: InFlight, queues: list[deque[int]]) -> int | None:
+    def _partner(self, first: InFlight) -> int | None:
         """The step behind `first`, if it can run with it: on the same instances, of the other phase, and on other
         requests, for no row can decode a token that the same iteration samples."""
+        queues = [self._queues[instance] for instance in first.instances]
         behind = {queue[1] if len(queue) > 1 else None for queue in queues}
         step = behind.pop()
         if behind or step is None:
@@ -192,8 +192,11 @@ class SimExecutor:
 
     def _kv_tokens(self, command: RunDecode) -> int:
         """KV that the fullest instance reads."""
-        held: dict[int, int] = {}
         tokens = self._ledger.tokens
+        if len(command.instances) == 1:  # so all of it lies there
+            (only,) = command.instances
+            return sum([tokens(row.request)[only] for row in command.rows])
+        held: dict[int, int] = {}
         for row in command.rows:
             for instance, count in tokens(row.request).items():
                 held[instance] = held.get(instance, 0) + count

@@ -52,6 +52,18 @@ def test_rows_that_were_left_out_are_looked_at_again() -> None:
     assert again.plan(7, draft(()).view.instances) is None
 
 
+def test_a_group_of_one_is_kept_though_it_had_no_room() -> None:
+    """It has no choice: one master, and all rows."""
+    made = draft(ROWS, (instance(0, queued=2), *(instance(i) for i in (1, 2, 3))))
+    planner = DecodePlanner(made, ROWS)
+    again = Again()
+    again.keep(7, planner.groups, planner.plan())
+    assert again.plan(7, draft(()).view.instances) == kept(*ROWS)[1]
+    waits = [decoding(0, {0: 1}, device_group=(1,), in_flight=1)]  # for the host
+    again.keep(8, DecodePlanner(draft(waits), waits).groups, [])
+    assert again.plan(8, draft(()).view.instances) is None
+
+
 def who_runs_where(plan: Plan) -> dict[tuple[int, ...], set[int]]:
     """A row at the end of a page may get another master when it is planned anew; either is right."""
     return {step.instances: {row.request for row in step.rows} for step in plan.decodes}
