@@ -204,19 +204,21 @@ class Memory:
         self._page_tokens = view.page_tokens
         self._mean_output = view.mean_output
         self._capacity = sum(view.instances[i].num_pages for i in alive)
-        self._running = [request for request in active if request.running]  # these have all their KV
-        self._left = sum(draft.free[i] for i in alive) - len(self._running)
+        self._left = sum(draft.free[i] for i in alive)
         self._growth: list[tuple[float, int]] = []  # (pages yet to come, pages when its prompt is through)
-        self._sum = self._most_pages()
-        self._is_exact = False
-        self._holders = len(self._running)
+        self._sum = 0.0
+        self._running: list[RequestView] = []  # these have all their KV
         for request in active:
-            if request.running or not (request.kv or request.in_flight):  # else evicted: it must be admitted again
-                continue
-            missing = draft.pages_needed(request)
-            self._left -= missing
-            self._holders += 1
-            self._note(request, sum(resident.pages for resident in request.resident) + missing)
+            if request.running:
+                self._running.append(request)
+            elif request.kv or request.in_flight:  # else evicted: it must be admitted again
+                missing = draft.pages_needed(request)
+                self._left -= missing
+                self._note(request, sum(resident.pages for resident in request.resident) + missing)
+        self._holders = len(self._running) + len(self._growth)
+        self._left -= len(self._running)
+        self._sum += self._most_pages()
+        self._is_exact = False
 
     def _most_pages(self) -> float:
         """No fewer than the running ones will hold: often that is few enough, and nobody looks closer."""

@@ -12,6 +12,8 @@ that waited long is urgent, and goes first. So r ends, and so does every request
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from loong_jax.config import ClusterConfig, LimitsConfig
 from loong_jax.cost import CostModel
 from loong_jax.policy import allocate, dispatch
@@ -64,7 +66,8 @@ class Elastic:
 
     def _four_steps(self, draft: Draft, times: Times) -> Plan:
         view = draft.view
-        decoding, lacking = _split(view)
+        active = view.active
+        decoding, lacking = _split(active)
         pausing = [request for request in lacking if request.in_flight == 0]
         places = view.free_places
         self._line.follow(view.waiting, times.alone_s)
@@ -87,7 +90,7 @@ class Elastic:
             price = (self._line.weight + sum(c.weight for c in begun)) / len(view.instances)
             planner = PrefillPlanner(draft, times, allocate.allowance(draft, decode.groups, times), price, long)
             if planner.any_open:
-                planner.plan(dispatch.admitted(draft, view.active, dispatch.in_order([*begun, *fresh]), places))
+                planner.plan(dispatch.admitted(draft, active, dispatch.in_order([*begun, *fresh]), places))
             prefills, reservations = planner.prefills, planner.reservations
         plan = _resolved(draft, decode.plan(), prefills, migrates, reservations)
         if not (fresh or begun or plan.evicts or plan.prepares):
@@ -95,11 +98,11 @@ class Elastic:
         return plan
 
 
-def _split(view: View) -> tuple[list[RequestView], list[RequestView]]:
+def _split(active: Sequence[RequestView]) -> tuple[list[RequestView], list[RequestView]]:
     """The active requests: those that may decode, and those that lack KV."""
     decoding: list[RequestView] = []
     lacking: list[RequestView] = []
-    for request in view.active:
+    for request in active:
         if request.running:
             if request.issued < request.prompt_len + request.max_tokens:
                 decoding.append(request)
