@@ -5,8 +5,8 @@
     scripts/bench_policy.py --gap
 
 Decode-only: plans of steady decoding, by running rows. Four steps: plans of a simulated overload, by waiting requests
-and instances, while the line is at least nine tenths of its length. Thread CPU time of `Policy.plan` alone. Each case
-is a line of FILE (JSON), and is not measured again.
+and instances, while the line is within a tenth of its length, of as many overloads as it takes. Thread CPU time of
+`Policy.plan` alone. Each case is a line of FILE (JSON), and is not measured again.
 What it is not: the manager's part (`scripts/bench_engine_thread.py`).
 """
 
@@ -40,7 +40,7 @@ Wanted = Callable[[View, Plan], bool]
 
 
 class Enough(Exception):
-    """So many plans are measured."""
+    """So many plans are measured, or no more will come."""
 
 
 class Timed(Elastic):
@@ -91,14 +91,24 @@ def decode_only(rows: int, num_plans: int = 400) -> list[float]:
 
 
 def four_steps(waiting: int, instances: int, num_plans: int = 100) -> list[float]:
-    """A burst that nobody could serve in time: the line stays long."""
-    drawn = make_workload("zipf-1.2", rate=1.0, num_requests=waiting + waiting // 4, seed=0).requests
-    requests = tuple(Request(0, r.prompt_len, r.output_len, r.max_tokens) for r in drawn)
+    """Bursts that nobody could serve in time: the line stays long."""
+    times: list[float] = []
+    seed = 0
+    while len(times) < num_plans:
+        drawn = make_workload("zipf-1.2", rate=1.0, num_requests=waiting + waiting // 4, seed=seed).requests
+        requests = tuple(Request(0, r.prompt_len, r.output_len, r.max_tokens) for r in drawn)
+        long_enough = False
 
-    def wanted(view: View, plan: Plan) -> bool:
-        return 0.9 * waiting <= len(view.waiting) <= 1.1 * waiting and bool(plan.prefills)
+        def wanted(view: View, plan: Plan) -> bool:
+            nonlocal long_enough
+            long_enough |= len(view.waiting) >= waiting
+            if long_enough and len(view.waiting) < 0.9 * waiting:
+                raise Enough
+            return 0.9 * waiting <= len(view.waiting) <= 1.1 * waiting and bool(plan.prefills)
 
-    return measure(Workload("burst", 1.0, requests), instances, wanted, num_plans)
+        times += measure(Workload("burst", 1.0, requests), instances, wanted, num_plans - len(times))
+        seed += 1
+    return sorted(times)
 
 
 def gap(tight: bool, num: int = 2000) -> list[float]:

@@ -192,11 +192,8 @@ class SimExecutor:
 
     def _kv_tokens(self, command: RunDecode) -> int:
         """KV that the fullest instance reads."""
-        tokens = self._ledger.tokens
-        if len(command.instances) == 1:  # so all of it lies there
-            (only,) = command.instances
-            return sum([tokens(row.request)[only] for row in command.rows])
         held: dict[int, int] = {}
+        tokens = self._ledger.tokens
         for row in command.rows:
             for instance, count in tokens(row.request).items():
                 held[instance] = held.get(instance, 0) + count

