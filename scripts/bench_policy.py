@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import random
 import sys
@@ -98,6 +99,7 @@ def four_steps(waiting: int, instances: int, num_plans: int = 100) -> list[float
         drawn = make_workload("zipf-1.2", rate=1.0, num_requests=waiting + waiting // 4, seed=seed).requests
         requests = tuple(Request(0, r.prompt_len, r.output_len, r.max_tokens) for r in drawn)
         long_enough = False
+        gc.collect()  # what the burst before left is not this one's
 
         def wanted(view: View, plan: Plan) -> bool:
             nonlocal long_enough
