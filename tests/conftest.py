@@ -32,6 +32,10 @@ os.environ.setdefault("NPROC", str(2 * NUM_DEVICES))
 # The TPU compiler without a TPU: ask no metadata server, and let several processes load it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Tests start some hundred processes: where bytecode is not written, each of them would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".cache" / "pycache"))
+sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 # Reruns find their programs compiled. Tests about compiling point it elsewhere.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -59,6 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
     hypothesis.settings.register_profile("slow", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("slow" if config.getoption("--slow") else "suite")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # thousands of tests and all of JAX, which the collections after each file need not look at
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

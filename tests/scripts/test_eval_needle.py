@@ -20,7 +20,8 @@ def accuracy(told: dict, length: int) -> float:
 
 
 def test_needles_at_4k(tmp_path, capsys):
-    told = run(tmp_path, "--lengths", "1024,4096", "--haystacks", "3", "--depths", "0,0.5,1")
+    lengths = ("--lengths", "1024,4096", "--prefill-buckets", "1024")  # one program, whose chunks are all full
+    told = run(tmp_path, *lengths, "--haystacks", "3", "--depths", "0,0.5,1")
     assert [(row["length"], row["depth"], row["n"]) for row in told["rows"]] == [
         (length, depth, 3) for length in (1024, 4096) for depth in (0, 0.5, 1)
     ]

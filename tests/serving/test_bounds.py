@@ -4,9 +4,10 @@ served. What bodies over HTTP may hold is in http/test_bounds.py; bytes that are
 """
 
 import asyncio
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from serving.client import generate_request
 from serving.device_trace import DeviceTrace
 from serving.proto.loong.v1 import loong_pb2 as pb
-from tests.support.bounds import METHODS, NUMBERS, VALUES, Path, changed, leaves, name_of, put
+from tests.support.bounds import METHODS, NUMBERS, VALUES, Path, changed, each, leaves, name_of, put
 from tests.support.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from tests.support.fake_engine import FakeManager, echo
 from tests.support.live_http import TEMPLATE
@@ -43,7 +44,7 @@ async def answer(live: Live, method, request: Message | bytes) -> tuple[grpc.Sta
     channel = live.client._channel
     kind = channel.unary_stream if method.server_streaming else channel.unary_unary
     data = request if isinstance(request, bytes) else request.SerializeToString()
-    call = kind(f"/{method.containing_service.full_name}/{method.name}")(data, timeout=30)
+    call = kind(f"/{method.containing_service.full_name}/{method.name}")(data, timeout=120)
     try:
         if method.name == "WatchGroups":
             await call.read()
@@ -60,7 +61,7 @@ async def answer(live: Live, method, request: Message | bytes) -> tuple[grpc.Sta
 
 async def probe(live: Live) -> None:
     """A plain request is served."""
-    good = await live.client.generate(generate_request(PROMPT, max_tokens=2), 30)
+    good = await live.client.generate(generate_request(PROMPT, max_tokens=2), 120)
     assert good.token_ids == echo(PROMPT, 2)
 
 
@@ -79,7 +80,7 @@ async def tried(live: Live, method, request: Message, what: object, allowed: Ite
 def served(test, **options) -> None:
     async def run():
         trace = DeviceTrace(options.pop("folder", None), lambda folder: None, lambda: None)
-        manager = FakeManager(max_waiting=128)
+        manager = FakeManager(max_waiting=2048)
         async with live_server(
             manager=manager, tokenizer=byte_tokenizer(chat_template=TEMPLATE), trace=trace, **options
         ) as live:
@@ -146,29 +147,44 @@ def test_every_number_has_bounds_in_this_file():
     assert numbers().keys() == BOUNDS.keys()
 
 
+def numbers_to_try() -> Iterator[tuple[str, str, float]]:
+    """(message, field, value): at the bounds, one past them, and what the type holds beyond."""
+    found = numbers()
+    for (message, field), (low, high, _) in BOUNDS.items():
+        _, path = found[message, field]
+        whole = isinstance(VALUES[path[-1].cpp_type][0], int)
+        past = [low - 1, high + 1] if whole else [-above(-low), above(high), math.nan, math.inf, -math.inf]
+        if field in _ZERO_IS_THE_SMALLEST:
+            past[0] = 0.0
+        past += [value for value in VALUES[path[-1].cpp_type] if not low <= value <= high]
+        yield from ((message, field, value) for value in (low, high, *past))
+
+
 def test_every_number_is_taken_at_its_bounds_and_refused_by_name_past_them(tmp_path):
+    found = numbers()
+
     async def test(live: Live):
-        for (message, field), (low, high, beside) in BOUNDS.items():
-            method, path = numbers()[message, field]
-            whole = path[-1].cpp_type in VALUES and isinstance(VALUES[path[-1].cpp_type][0], int)
-            past = [low - 1, high + 1] if whole else [-above(-low), above(high), math.nan, math.inf, -math.inf]
-            if field in _ZERO_IS_THE_SMALLEST:
-                past[0] = 0.0
-            past += [value for value in VALUES[path[-1].cpp_type] if not low <= value <= high]
-            for value in (low, high, *past):
-                request = changed(base_of(method), path, value)
-                for name, other in beside.items():
-                    setattr(request, name, other)
+        profiles = asyncio.Lock()  # one at a time, so that each may start
+
+        async def one(message: str, field: str, value: float) -> None:
+            method, path = found[message, field]
+            low, high, beside = BOUNDS[message, field]
+            request = changed(base_of(method), path, value)
+            for name, other in beside.items():
+                setattr(request, name, other)
+            async with profiles if method.name == "StartProfile" else contextlib.nullcontext():
                 code, words = await answer(live, method, request)
-                if value in (low, high):
-                    assert code is OK, (field, value, words)
-                else:
-                    assert code is INVALID, (field, value, code)
-                    name = _REFUSED_AS.get(field, field).split(".ids")[0]
-                    assert words.startswith(f"{name}: "), (field, value, words)
                 if method.name == "StartProfile" and code is OK:
                     await live.client.stub.StopProfile(pb.StopProfileRequest())
-                await probe(live)
+            if value in (low, high):
+                assert code is OK, (field, value, words)
+            else:
+                assert code is INVALID, (field, value, code)
+                name = _REFUSED_AS.get(field, field).split(".ids")[0]
+                assert words.startswith(f"{name}: "), (field, value, words)
+            await probe(live)
+
+        await each(one, numbers_to_try())
 
     served(test, folder=tmp_path)
 
@@ -229,14 +245,22 @@ def test_how_long_a_text_may_be(field, most):
 
 def test_every_field_takes_any_value_or_refuses_by_name(tmp_path):
     async def test(live: Live):
-        for method in TRIED:
-            allowed = OTHER_CODES.get(method.name, ())
-            for path in leaves(method.input_type):
-                for value in VALUES[path[-1].cpp_type]:
-                    request = changed(base_of(method), path, value)
-                    await tried(live, method, request, (name_of(path), value), allowed)
-                    if method.name == "StartProfile":
-                        await answer(live, METHODS_BY_NAME["StopProfile"], pb.StopProfileRequest())
+        async def one(method, path: Path, value: Any) -> None:
+            request = changed(base_of(method), path, value)
+            await tried(live, method, request, (name_of(path), value), OTHER_CODES.get(method.name, ()))
+            if method.name == "StartProfile":
+                await answer(live, METHODS_BY_NAME["StopProfile"], pb.StopProfileRequest())
+
+        cases = [
+            (method, path, value)
+            for method in TRIED
+            for path in leaves(method.input_type)
+            for value in VALUES[path[-1].cpp_type]
+        ]
+        profiles = [case for case in cases if case[0].name == "StartProfile"]
+        await each(one, (case for case in cases if case[0].name != "StartProfile"))
+        for case in profiles:  # one profile at a time
+            await one(*case)
 
     served(test, folder=tmp_path)
 
@@ -267,29 +291,28 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": ((), (0,) * 64, (-1,)),
     "ignore_eos": (False, True),
 }
-PAIRS = list(itertools.combinations(PARAMETERS, 2))
 
 
-async def try_pair(live: Live, first: str, second: str) -> None:
-    for given_ in itertools.product(PARAMETERS[first], PARAMETERS[second]):
-        fields = dict(zip((first, second), given_, strict=True))
-        request = generate_request(PROMPT, **{"max_tokens": 2, "temperature": 1.0, **fields})
-        code, words = await answer(live, GENERATE, request)
-        refused = [name for name, value in fields.items() if len(PARAMETERS[name]) > 2 and value is PARAMETERS[name][2]]
-        if code is OK:
-            assert not refused, fields
-        else:
-            assert code is INVALID, (fields, code, words)
-            assert words.split(":")[0].removeprefix("sampling.") in fields, (fields, words)
-        await probe(live)
+async def try_pair(live: Live, fields: dict[str, Any]) -> None:
+    request = generate_request(PROMPT, **{"max_tokens": 2, "temperature": 1.0, **fields})
+    code, words = await answer(live, GENERATE, request)
+    refused = [name for name, value in fields.items() if len(PARAMETERS[name]) > 2 and value is PARAMETERS[name][2]]
+    if code is OK:
+        assert not refused, fields
+    else:
+        assert code is INVALID, (fields, code, words)
+        assert words.split(":")[0].removeprefix("sampling.") in fields, (fields, words)
+    await probe(live)
 
 
-@pytest.mark.parametrize("first", list(PARAMETERS)[:-1])
-def test_all_pairs_of_parameters(first):
+def test_all_pairs_of_parameters():
     async def test(live: Live):
-        for pair in PAIRS:
-            if pair[0] == first:
-                await try_pair(live, *pair)
+        pairs = (
+            (live, dict(zip(names, values, strict=True)))
+            for names in itertools.combinations(PARAMETERS, 2)
+            for values in itertools.product(*(PARAMETERS[name] for name in names))
+        )
+        await each(try_pair, pairs)
 
     served(test)
 
@@ -321,9 +344,11 @@ def requests(draw: st.DrawFn) -> pb.GenerateRequest:
 @given(st.lists(requests(), min_size=20, max_size=20))
 def test_any_fields_together_are_served_or_refused_by_name(batch):
     async def test(live: Live):
-        for request in batch:
+        for index, request in enumerate(batch):
             if request.n > 64 or request.n < 1:
                 request.ClearField("n")
-            await tried(live, GENERATE, request, request)
+            if any(request.request_id == other.request_id for other in batch[:index]):
+                request.ClearField("request_id")
+        await each(tried, ((live, GENERATE, request, request) for request in batch))
 
     served(test)

@@ -1,6 +1,5 @@
 """The command line, up to the engine: help, errors, the environment, `loong generate` against a live server."""
 
-import asyncio
 import os
 import re
 import subprocess
@@ -11,24 +10,12 @@ from typer.testing import CliRunner
 
 from loong_jax.config import ClusterConfig, LimitsConfig, ladder_for
 from serving import cli
-from serving.client import generate_request
 from serving.engine import EngineConfig
-from tests.support.live_server import live_server
+from tests.support.live_server import server_in_a_thread
 
 
 def command(*args: str) -> list[str]:
     return [sys.executable, "-c", "from serving.cli import main; main()", *args]
-
-
-async def run_beside(*args: str, stdin: str | None = None) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *command(*args),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await asyncio.wait_for(process.communicate((stdin or "").encode()), 30)
-    return process.returncode, out.decode(), err.decode()
 
 
 @pytest.mark.parametrize("name", ["serve", "profile", "worker", "convert", "generate", "chat", "info", "bench"])
@@ -45,7 +32,7 @@ def test_every_flag_has_help_and_says_its_default(name):
 
 def test_importing_the_command_line_loads_no_jax():
     code = "import serving.cli, sys; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -84,33 +71,35 @@ def test_errors_are_words_not_tracebacks(args, code, words, tmp_path, monkeypatc
 
 
 def test_generate_prints_text_ids_and_a_summary():
-    async def play():
-        async with live_server() as live:
-            common = ("--address", live.client.target, "--max-tokens", "6")
-            code, out, err = await run_beside("generate", *common, "--prompt", "ab")
-            assert (code, out) == (0, "abab\n"), err
-            assert "length; 3 + 6 tokens" in err
-            assert "prefill 3 at DoP 4, decode 5 at DoP 2" in err
-            code, out, _ = await run_beside("generate", *common, "--token-ids", "9,8", "--ids")
-            assert (code, out.split()) == (0, ["9", "8"] * 3)
-            code, out, _ = await run_beside("generate", *common, "--prompt-file", "-", "--stop", "z", stdin="xyz")
-            assert (code, out) == (0, "xy\n")
-            sampling = ("--n", "2", "--temperature", "1", "--logit-bias", "7=-1", "--min-p", "0.1")
-            code, out, err = await run_beside("generate", *common, "--prompt", "xy", "--max-tokens", "2", *sampling)
-            assert (code, out) == (0, "choice 0:\nx\nchoice 1:\nx\n")
-            assert "[choice 1: length" in err
-            report = ("--top-logprobs", "1", "--prompt-logprobs", "0", "--max-tokens", "1")
-            code, out, _ = await run_beside("generate", *common, "--token-ids", "65,66", *report)
-            assert (code, out) == (0, "prompt[1] -66.0000\n65 -65.0000 | 65 -65.0000\n\n")
-            code, _, err = await run_beside("generate", *common, "--chat", "hi", "--system", "be brief")
-            assert (code, "messages: this model has no chat template" in err) == (1, True)
-            code, _, err = await run_beside("generate", *common, "--prompt", "a", "--temperature", "-1")
-            assert code == 1
-            assert "INVALID_ARGUMENT: sampling.temperature: " in err
-            answer = await live.client.generate(generate_request([1], max_tokens=1))
-            assert answer.token_ids == [1]
+    def generate(*args: str, stdin: str | None = None) -> tuple[int, str, str]:
+        words = ["generate", "--address", address, "--max-tokens", "6", *args]
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, words, input=stdin)
+        return done.exit_code, done.stdout, done.stderr
 
-    asyncio.run(play())
+    with server_in_a_thread() as address:
+        whole = command("generate", "--address", address, "--max-tokens", "6", "--prompt", "ab")
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stdout) == (0, "abab\n"), done.stderr
+        assert "length; 3 + 6 tokens" in done.stderr
+        assert "prefill 3 at DoP 4, decode 5 at DoP 2" in done.stderr
+        code, out, _ = generate("--token-ids", "9,8", "--ids")
+        assert (code, out.split()) == (0, ["9", "8"] * 3)
+        code, out, _ = generate("--prompt-file", "-", "--stop", "z", stdin="xyz")
+        assert (code, out) == (0, "xy\n")
+        sampling = ("--n", "2", "--temperature", "1", "--logit-bias", "7=-1", "--min-p", "0.1")
+        code, out, err = generate("--prompt", "xy", "--max-tokens", "2", *sampling)
+        assert (code, out) == (0, "choice 0:\nx\nchoice 1:\nx\n")
+        assert "[choice 1: length" in err
+        report = ("--top-logprobs", "1", "--prompt-logprobs", "0", "--max-tokens", "1")
+        code, out, _ = generate("--token-ids", "65,66", *report)
+        assert (code, out) == (0, "prompt[1] -66.0000\n65 -65.0000 | 65 -65.0000\n\n")
+        code, _, err = generate("--chat", "hi", "--system", "be brief")
+        assert (code, "messages: this model has no chat template" in err) == (1, True)
+        code, _, err = generate("--prompt", "a", "--temperature", "-1")
+        assert code == 1
+        assert "INVALID_ARGUMENT: sampling.temperature: " in err
+        code, out, _ = generate("--token-ids", "1", "--max-tokens", "1", "--ids")
+        assert (code, out.split()) == (0, ["1"])
 
 
 def test_the_cpu_platform_sets_the_environment(monkeypatch):

@@ -154,7 +154,7 @@ def test_workers_get_one_order_and_their_tokens_come_back(pool):
     for command in commands:
         executor.submit(command)
     steps = [command.step for command in commands if isinstance(command, RunDecode)]
-    seen = [events.get(timeout=10) for _ in steps]
+    seen = [events.get(timeout=60) for _ in steps]
     assert sorted(event.step for event in seen) == steps
     assert all(event.tokens == (7,) for event in seen)
     executor.close()
@@ -174,7 +174,7 @@ def test_a_worker_that_fails_to_build_is_lost_and_named(pool):
     done = pool.submit(run_worker, address, 1, build)
     with pytest.raises(ValueError, match="no such checkpoint"):
         done.result(10)
-    assert {events.get(timeout=10), events.get(timeout=10)} == {InstanceLost(2), InstanceLost(3)}
+    assert {events.get(timeout=60), events.get(timeout=60)} == {InstanceLost(2), InstanceLost(3)}
     with pytest.raises(ConnectionError, match="process 1 was lost"):
         control.wait_ready(10)
     control.close()
@@ -255,7 +255,7 @@ def test_a_whole_engine_with_a_worker_generates(pool):
         loop.start(FanOutExecutor(local, merged, control), (), asyncio.get_running_loop())
         sink = Sink()
         loop.arrive(b"".join(t.to_bytes(4, "little") for t in (4, 5, 6)), 50, Sampling(), (), sink)
-        await asyncio.wait_for(sink.done.wait(), 20)
+        await asyncio.wait_for(sink.done.wait(), 60)
         assert sink.tokens == echo([4, 5, 6], 50)
         await asyncio.to_thread(loop.close)
         worker.result(10)

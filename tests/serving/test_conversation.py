@@ -1,10 +1,8 @@
 """A conversation over a live server: turns, commands, interrupts, refusals."""
 
 import asyncio
-import contextlib
 import io
 import sys
-import threading
 
 import grpc
 import pytest
@@ -14,7 +12,7 @@ from serving.client import LoongClient
 from serving.conversation import Conversation, lines, talk
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.live_http import TEMPLATE
-from tests.support.live_server import live_server
+from tests.support.live_server import live_server, server_in_a_thread
 
 
 def said(turns):
@@ -42,30 +40,9 @@ def test_an_answer_joins_the_turns_and_a_refusal_does_not():
     asyncio.run(play())
 
 
-@contextlib.contextmanager
-def served(**options):
-    """A server in a thread of its own: `talk` runs loops of its own. Yields its address."""
-    started, done, found = threading.Event(), threading.Event(), []
-
-    async def serve():
-        async with live_server(**options) as live:
-            found.append(live.client.target)
-            started.set()
-            await asyncio.to_thread(done.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        assert started.wait(60)
-        yield found[0]
-    finally:
-        done.set()
-        thread.join(60)
-
-
 def test_lines_of_a_pipe_are_turns_and_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n/help\n/system x\nhi\n/reset\nhi\n/exit\nnever\n"))
-    with served(tokenizer=byte_tokenizer(chat_template=TEMPLATE)) as address:
+    with server_in_a_thread(tokenizer=byte_tokenizer(chat_template=TEMPLATE)) as address:
         talk(lambda: LoongClient(address), None, {"max_tokens": 30}, 60.0)
     first, second, third = capsys.readouterr().out.splitlines()
     assert second == third != first  # the fake engine echoes the rendered conversation
@@ -74,7 +51,7 @@ def test_lines_of_a_pipe_are_turns_and_commands(monkeypatch, capsys):
 
 def test_without_a_template_it_ends_with_the_servers_words(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nhi\n"))
-    with served() as address, pytest.raises(grpc.RpcError) as caught:
+    with server_in_a_thread() as address, pytest.raises(grpc.RpcError) as caught:
         talk(lambda: LoongClient(address), None, {"max_tokens": 3}, 60.0)
     assert "messages: this model has no chat template" in caught.value.details()
 

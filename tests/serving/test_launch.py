@@ -192,27 +192,29 @@ def test_nothing_compiled_after_readiness_and_a_clean_end_whose_log_replays(serv
     assert server.end() == 0, server.words()
     assert "Traceback" not in server.words()
     replay = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "replay.py", log], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, ROOT / "scripts" / "replay.py", log], capture_output=True, text=True, timeout=300, check=False
     )
     assert replay.returncode == 0, replay.stdout + replay.stderr
 
 
-@pytest.mark.parametrize(
-    ("break_it", "words"),
-    [
-        (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json"),
-        (lambda d: (d / "config.json").write_text("{}"), "config.json"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"short"), "model.safetensors"),
-    ],
-)
-def test_a_broken_checkpoint_ends_with_its_name(tmp_path, break_it, words):
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{"), ("config.json", "{}")])
+def test_a_broken_checkpoint_ends_with_its_name(tmp_path, name, content):
     make_tiny_checkpoint(tmp_path)
-    break_it(tmp_path)
+    (tmp_path / name).write_text(content)
+    done = CliRunner().invoke(cli.app, ["serve", str(tmp_path), "--port", "0", "--cache-dir", "none"])
+    assert done.exit_code == 1
+    assert name in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_tensors_that_are_broken_end_it_with_the_name_of_their_file(tmp_path):
+    make_tiny_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
     server = Process(
         tmp_path / "log", "serve", str(tmp_path), "--port", str(free_port()), "--cache-dir", "none", *COMMON
     )
-    assert server.popen.wait(120) == 1
-    assert words in server.words()
+    assert server.popen.wait(300) == 1
+    assert "model.safetensors" in server.words()
     assert "Traceback" not in server.words()
 
 
@@ -230,4 +232,4 @@ def test_a_signal_while_loading_ends_at_once(checkpoint, tmp_path):
     server.wait_for("listening")
     start_s = time.monotonic()
     assert server.end(signal.SIGINT) == 130
-    assert time.monotonic() - start_s < 10
+    assert time.monotonic() - start_s < 30

@@ -183,7 +183,7 @@ def test_drain_returns_when_the_running_ones_have_ended_and_keeps_answering():
             assert (refused.code(), refused.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is draining")
             assert not drained.done()
             assert (await running).token_ids == echo(PROMPT, 200)
-            await asyncio.wait_for(drained, 5)
+            await asyncio.wait_for(drained, 60)
             assert (await live.client.loads()).not_serving == "the server is draining"
             await live.client.drain(5)
 
@@ -240,16 +240,16 @@ async def watch_until(watch, status) -> None:
 
 async def stalls(live: Live, stall, go_on) -> None:
     watch = health_pb2_grpc.HealthStub(live.client._channel).Watch(health_pb2.HealthCheckRequest())
-    await asyncio.wait_for(watch_until(watch, SERVING), 5)
+    await asyncio.wait_for(watch_until(watch, SERVING), 60)
     call = asyncio.create_task(live.client.generate(generate_request(PROMPT, max_tokens=400)))
     await eventually(lambda: bool(live.manager.running))
     stall()
-    await asyncio.wait_for(watch_until(watch, NOT_SERVING), 10)
+    await asyncio.wait_for(watch_until(watch, NOT_SERVING), 60)
     error = await refusal(live.client.generate(generate_request(PROMPT, max_tokens=1)))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "still" in error.details()
     go_on()
-    await asyncio.wait_for(watch_until(watch, SERVING), 10)
+    await asyncio.wait_for(watch_until(watch, SERVING), 60)
     assert (await call).token_ids == echo(PROMPT, 400)
     assert (await live.client.generate(generate_request(PROMPT, max_tokens=1))).token_ids == [5]
 

@@ -26,7 +26,7 @@ def messages(stream: RequestStream, *items) -> list[pb.GenerateResponse]:
     async def run():
         for now_us, item in enumerate(items):
             stream.put(item, 1000 * now_us)
-        return await asyncio.wait_for(stream.messages(), 1)
+        return await asyncio.wait_for(stream.messages(), 30)
 
     return asyncio.run(run())
 

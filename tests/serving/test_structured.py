@@ -11,7 +11,7 @@ from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.structured import Form, StructuredLimits, StructuredOutputs, check_form, load_grammars
 from tests.support.byte_tokenizer import EOS, VOCAB_SIZE, byte_level, save_byte_tokenizer
 
-LIMITS = StructuredLimits(max_bytes=200, max_choices=3, cpu_s=1.0)
+LIMITS = StructuredLimits(max_bytes=200, max_choices=3, cpu_s=1.0, memory_bytes=1024**3)
 HANGS = '{"type": "integer", "multipleOf": 99999999}'
 OBJECT = (
     '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}'

@@ -132,6 +132,6 @@ def test_the_log_replays(served):
     assert server.end() == 0, server.words()
     assert "Traceback" not in server.words()
     replay = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "replay.py", log], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, ROOT / "scripts" / "replay.py", log], capture_output=True, text=True, timeout=300, check=False
     )
     assert replay.returncode == 0, replay.stdout + replay.stderr

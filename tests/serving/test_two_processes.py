@@ -1,9 +1,10 @@
-"""One engine over two processes of four virtual devices each: jax.distributed, gloo, the leader and its worker.
+"""One engine over two processes of two virtual devices each: jax.distributed, gloo, the leader and its worker.
 
 The control stream alone, with executors that only record, is tests/serving/test_cluster.py.
 """
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import NamedTuple
 
 import grpc
 import numpy as np
-import pytest
 
 from loong_jax import codec
 from loong_jax.cost.fitted import FittedCost
@@ -25,13 +25,9 @@ from tests.support.fixtures import load_fixture, model_directory, random_prompt
 from tests.support.process import ROOT, Process, free_port
 
 FIXTURE = "gqa"
-FIRST, SECOND = {0, 1, 2, 3}, {4, 5, 6, 7}
-# An instance holds 512 tokens.
-ENGINE = (
-    *("--instances", "8", "--num-processes", "2", "--platform", "cpu", "--dops", "1,8", "--warm-up", "full"),
-    *("--prefill-buckets", "128", "--decode-buckets", "8", "--pool-tokens", "4096", "--max-running", "16"),
-)
-LONG_TOKENS = 2300  # five instances
+FIRST, SECOND = {0, 1}, {2, 3}
+INSTANCE_TOKENS = 512
+LONG_TOKENS = 1300  # three instances
 
 
 class Engine(NamedTuple):
@@ -41,17 +37,20 @@ class Engine(NamedTuple):
     log: Path
 
 
-@pytest.fixture
-def engine(tmp_path_factory) -> Iterator[Engine]:
-    out = tmp_path_factory.mktemp("two")
+@contextlib.contextmanager
+def engine(out: Path, instances: int, *flags: str) -> Iterator[Engine]:
+    """Every process compiles all of its programs at each start, so there are as few as a test can do with."""
     port, control, coordinator = free_port(), free_port(), free_port()
     model, cache = str(model_directory(FIXTURE)), ("--cache-dir", str(ROOT / ".cache" / "test-serve"))
     addresses = ("--coordinator", f"127.0.0.1:{coordinator}", "--control", f"127.0.0.1:{control}")
+    sizes = ("--prefill-buckets", "128", "--decode-buckets", "8", "--pool-tokens", str(INSTANCE_TOKENS * instances))
+    groups = ("--instances", str(instances), "--dops", f"1,{instances}", "--num-processes", "2", "--platform", "cpu")
     log = out / "events.log"
     with (
         Process(
             out / "leader.log",
-            *("serve", model, "--port", str(port), *ENGINE, *addresses, *cache, "--event-log", str(log)),
+            *("serve", model, "--port", str(port), *groups, *sizes, "--max-running", "16", *flags),
+            *(*addresses, *cache, "--event-log", str(log)),
         ) as leader,
         Process(
             out / "worker.log",
@@ -119,43 +118,45 @@ def spans_both(instances: tuple[int, ...]) -> bool:
     return bool(FIRST & set(instances)) and bool(SECOND & set(instances))
 
 
-def test_groups_over_both_processes_give_the_oracles_tokens(engine):
+def test_groups_over_both_processes_give_the_oracles_tokens(tmp_path):
     prompts = [prompt_of(LONG_TOKENS, 0), prompt_of(60, 1), prompt_of(9, 2), prompt_of(400, 3)]
     requests = [generate_request(p, max_tokens=12, ignore_eos=True) for p in prompts]
-    together = answers(engine.address, *requests)
-    check_sampling(engine.address, prompts[3])
-    alone = [answers(engine.address, request)[0] for request in (requests[0], requests[3])]
-    for prompt, answer in zip([*prompts, prompts[0], prompts[3]], [*together, *alone], strict=True):
-        assert len(answer.token_ids) == 12
-        check_with_oracle(prompt, answer)
-    assert [together[0].token_ids, together[3].token_ids] == [answer.token_ids for answer in alone]
+    with engine(tmp_path, 4, "--warm-up", "full") as found:
+        together = answers(found.address, *requests)
+        check_sampling(found.address, prompts[3])
+        alone = [answers(found.address, request)[0] for request in (requests[0], requests[3])]
+        for prompt, answer in zip([*prompts, prompts[0], prompts[3]], [*together, *alone], strict=True):
+            assert len(answer.token_ids) == 12
+            check_with_oracle(prompt, answer)
+        assert [together[0].token_ids, together[3].token_ids] == [answer.token_ids for answer in alone]
 
-    steps = [c for c in commands_of(engine.log) if isinstance(c, RunPrefill | RunDecode)]
-    kinds = [(type(c), spans_both(c.instances)) for c in steps]
-    assert {(RunPrefill, True), (RunDecode, True)} <= set(kinds)
-    assert (len(steps[-12].instances), kinds[-12]) == (8, (RunPrefill, True))
-    assert {(type(c), len(c.instances)) for c in steps[-11:]} == {(RunDecode, 1)}, "regrouped after the prefill"
-    assert engine.leader.end() == 0, engine.leader.words()
-    assert engine.worker.popen.wait(60) == 0, engine.worker.words()
+        steps = [c for c in commands_of(found.log) if isinstance(c, RunPrefill | RunDecode)]
+        kinds = [(type(c), spans_both(c.instances)) for c in steps]
+        assert {(RunPrefill, True), (RunDecode, True)} <= set(kinds)
+        assert (len(steps[-12].instances), kinds[-12]) == (4, (RunPrefill, True))
+        assert {(type(c), len(c.instances)) for c in steps[-11:]} == {(RunDecode, 1)}, "regrouped after the prefill"
+        assert found.leader.end() == 0, found.leader.words()
+        assert found.worker.popen.wait(60) == 0, found.worker.words()
 
 
-def test_nobody_waits_for_ever_when_the_worker_is_lost(engine):
+def test_nobody_waits_for_ever_when_the_worker_is_lost(tmp_path):
     """Every stream ends, with all its tokens or with a status, and so does the leader: a supervisor restarts both."""
-    prompts = [prompt_of(900, 4), *(prompt_of(30 + i, 5 + i) for i in range(8))]
+    prompts = [prompt_of(450, 4), *(prompt_of(30 + i, 5 + i) for i in range(8))]
 
-    async def run() -> list[Generation | BaseException]:
-        async with LoongClient(engine.address) as client:
+    async def run(found: Engine) -> list[Generation | BaseException]:
+        async with LoongClient(found.address) as client:
             requests = [generate_request(p, max_tokens=400, ignore_eos=True) for p in prompts]
             tasks = [asyncio.create_task(client.generate(request, 300)) for request in requests]
-            while not all(i.pages_used for i in (await client.state()).instances[4:]):
+            while not all(i.pages_used for i in (await client.state()).instances):
                 await asyncio.sleep(0.01)
-            engine.worker.end(signal.SIGKILL)
+            found.worker.end(signal.SIGKILL)
             return await asyncio.gather(*tasks, return_exceptions=True)
 
-    for prompt, answer in zip(prompts, asyncio.run(run()), strict=True):
-        if isinstance(answer, Generation):
-            check_with_oracle(prompt, answer)
-        else:
-            assert isinstance(answer, grpc.aio.AioRpcError)
-            assert answer.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL), answer
-    assert engine.leader.popen.wait(120) != 0
+    with engine(tmp_path, 2) as found:
+        for prompt, answer in zip(prompts, asyncio.run(run(found)), strict=True):
+            if isinstance(answer, Generation):
+                check_with_oracle(prompt, answer)
+            else:
+                assert isinstance(answer, grpc.aio.AioRpcError)
+                assert answer.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL), answer
+        assert found.leader.popen.wait(120) != 0

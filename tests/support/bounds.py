@@ -1,7 +1,10 @@
-"""What may come over the wire: every field of every request message, and values at and past the ends of its type."""
+"""What may come over the wire: every field of every request message, and values at and past the ends of its type; and
+how many of them come at a time.
+"""
 
+import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -76,3 +79,23 @@ def changed(base: Message, path: Path, value: Any, times: int = 1) -> Message:
         message.ClearField(path[0].name)
     put(message, path, value, times)
     return message
+
+
+AT_ONCE = 16
+"""Cases under way together: a server that waits for one does nothing else. Each is followed by its own probe."""
+
+
+async def each(one: Callable[..., Awaitable[object]], cases: Iterable[tuple[Any, ...]]) -> None:
+    """`one(*case)` for all of them, a few at a time. The first error ends it, and is raised."""
+    left = iter(cases)
+
+    async def work() -> None:
+        for case in left:
+            await one(*case)
+
+    tasks = [asyncio.create_task(work()) for _ in range(AT_ONCE)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

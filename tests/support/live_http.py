@@ -49,7 +49,7 @@ async def live_http(config: HttpConfig | None = None, **options: Any) -> AsyncIt
         port = await server.start()
         url = f"{'http' if live.tls is None else 'https'}://127.0.0.1:{port}"
         try:
-            async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            async with httpx.AsyncClient(base_url=url, timeout=120) as http:
                 yield LiveHttp(live, server, http, url)
         finally:
             await server.stop()

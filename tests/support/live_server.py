@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from serving.about import Served
@@ -105,14 +106,35 @@ async def live_server(
     async with LoongClient(f"127.0.0.1:{port}", identity=identity) as live.client:
         try:
             if ready:
-                await live.client.wait_ready(10)
+                await live.client.wait_ready(60)
             yield live
         finally:
             await live.server.stop()
             live.loop.close()
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+@contextlib.contextmanager
+def server_in_a_thread(**options: Any) -> Iterator[str]:
+    """For commands that run asyncio loops of their own. Yields its address."""
+    started, done, found = threading.Event(), threading.Event(), []
+
+    async def serve() -> None:
+        async with live_server(**options) as live:
+            found.append(live.client.target)
+            started.set()
+            await asyncio.to_thread(done.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        assert started.wait(60)
+        yield found[0]
+    finally:
+        done.set()
+        thread.join(60)
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Wait until the condition holds; fails the test when it does not in time."""
     for _ in range(int(timeout_s / 0.005)):
         if condition():

@@ -35,7 +35,7 @@ class Process:
     def words(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, words: str, timeout_s: float = 300) -> None:
+    def wait_for(self, words: str, timeout_s: float = 600) -> None:
         deadline_s = time.monotonic() + timeout_s
         while words not in self.words():
             assert self.popen.poll() is None, self.words()
@@ -46,7 +46,7 @@ class Process:
         if self.popen.poll() is None:
             self.popen.send_signal(signum)
         try:
-            return self.popen.wait(60)
+            return self.popen.wait(120)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
@@ -54,4 +54,4 @@ class Process:
     def kill(self) -> None:
         if self.popen.poll() is None:
             os.kill(self.popen.pid, signal.SIGKILL)
-            self.popen.wait(60)
+            self.popen.wait(120)

@@ -78,7 +78,7 @@ def client_context(made: Certificates, *, with_cert: bool = False) -> ssl.SSLCon
 
 
 async def version(url: str, context: ssl.SSLContext) -> int:
-    async with httpx.AsyncClient(base_url=url, verify=context, timeout=5) as client:
+    async with httpx.AsyncClient(base_url=url, verify=context, timeout=60) as client:
         return (await client.get("/version")).status_code
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from serving.client import generate_request
 from serving.http import schema
 from serving.http.schema import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from tests.support.bounds import each
 from tests.support.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from tests.support.fake_engine import FakeManager
 from tests.support.live_http import TEMPLATE, LiveHttp, live_http
@@ -53,7 +54,7 @@ HOW_MANY = [pytest.param(FEW, id="few"), pytest.param(VALUES, id="all", marks=py
 
 async def probe(live: LiveHttp) -> None:
     """The engine behind both ports serves; over gRPC, which takes a fraction of the time."""
-    good = await live.live.client.generate(generate_request([5, 6], max_tokens=2), 30)
+    good = await live.live.client.generate(generate_request([5, 6], max_tokens=2), 120)
     assert good.token_ids == [5, 6]
 
 
@@ -81,7 +82,7 @@ def served(test) -> None:
 
     async def run():
         async with live_http(
-            manager=FakeManager(max_waiting=256), tokenizer=byte_tokenizer(chat_template=TEMPLATE)
+            manager=FakeManager(max_waiting=2048), tokenizer=byte_tokenizer(chat_template=TEMPLATE)
         ) as live:
             await test(live)
             await probe_http(live)
@@ -133,21 +134,23 @@ def test_every_number_has_bounds_in_this_file():
 def test_every_number_is_taken_at_its_bounds_and_refused_by_name_past_them(path):
     async def test(live: LiveHttp):
         kind, base = ROUTES[path]
-        for name in sorted(of_type(kind, int, float)):
-            low, high, *past = BOUNDS[name]
+
+        async def one(name: str, value: float) -> None:
+            low, high, *_ = BOUNDS[name]
             beside = {"logprobs": True} if name == "top_logprobs" else {}
             if name == "max_completion_tokens":
                 beside["max_tokens"] = None
             if name == "n":
                 beside["max_tokens"] = 1
-            for value in (low, high, *past, 2**63, math.nan, math.inf):
-                body = {**base, **beside, name: value}
-                response = await tried(live, path, body)
-                assert response.status_code == (200 if value in (low, high) else 400), (name, value, response.text)
-                if value not in (low, high):
-                    param = response.json()["error"]["param"]
-                    expected = {name, "max_tokens"} if name == "max_completion_tokens" else {name}
-                    assert param in expected or (not math.isfinite(value) and param == "body"), (name, value, param)
+            response = await tried(live, path, {**base, **beside, name: value})
+            assert response.status_code == (200 if value in (low, high) else 400), (name, value, response.text)
+            if value not in (low, high):
+                param = response.json()["error"]["param"]
+                expected = {name, "max_tokens"} if name == "max_completion_tokens" else {name}
+                assert param in expected or (not math.isfinite(value) and param == "body"), (name, value, param)
+
+        names = sorted(of_type(kind, int, float))
+        await each(one, ((name, value) for name in names for value in (*BOUNDS[name], 2**63, math.nan, math.inf)))
 
     served(test)
 
@@ -198,9 +201,8 @@ def test_every_field_takes_any_value_or_refuses_by_name(path, values):
         kind, base = ROUTES[path]
         # The common fields once: both kinds of generation check them alike.
         names = kind.model_fields.keys() - (GenerationBody.model_fields.keys() if kind is ChatBody else set())
-        for name in (*sorted(names), "no_such_field"):
-            for value in values:
-                await tried(live, path, {**base, name: value})
+        bodies = ({**base, name: value} for name in (*sorted(names), "no_such_field") for value in values)
+        await each(tried, ((live, path, body) for body in bodies))
 
     served(test)
 
@@ -208,9 +210,7 @@ def test_every_field_takes_any_value_or_refuses_by_name(path, values):
 @pytest.mark.parametrize("values", HOW_MANY)
 def test_every_field_of_objects_within_takes_any_value_or_refuses_by_name(values):
     async def test(live: LiveHttp):
-        for value in values:
-            for path, body in nested(value):
-                await tried(live, path, body)
+        await each(tried, ((live, *case) for value in values for case in nested(value)))
 
     served(test)
 
@@ -242,18 +242,21 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.slow  # the default suite has those of gRPC, which HTTP is translated into
 def test_all_pairs_of_parameters():
     async def test(live: LiveHttp):
-        for first, second in itertools.combinations(PARAMETERS, 2):
-            for values in itertools.product(PARAMETERS[first], PARAMETERS[second]):
-                fields = dict(zip((first, second), values, strict=True))
-                response = await tried(live, "/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2, **fields})
-                wrong = [name for name, value in fields.items() if value is PARAMETERS[name][1]]
-                if response.status_code == 200:
-                    assert not wrong or wrong == ["max_tokens"], fields  # 0 with echo: the prompt alone
-                else:
-                    assert response.json()["error"]["param"].split("[")[0].split(".")[0] in fields, (
-                        fields,
-                        response.text,
-                    )
+        async def one(fields: dict[str, Any]) -> None:
+            response = await tried(live, "/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2, **fields})
+            wrong = [name for name, value in fields.items() if value is PARAMETERS[name][1]]
+            if response.status_code == 200:
+                assert not wrong or wrong == ["max_tokens"], fields  # 0 with echo: the prompt alone
+            else:
+                param = response.json()["error"]["param"].split("[")[0].split(".")[0]
+                assert param in fields, (fields, response.text)
+
+        pairs = (
+            (dict(zip(names, values, strict=True)),)
+            for names in itertools.combinations(PARAMETERS, 2)
+            for values in itertools.product(*(PARAMETERS[name] for name in names))
+        )
+        await each(one, pairs)
 
     served(test)
 

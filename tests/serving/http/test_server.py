@@ -29,7 +29,7 @@ def test_headers_are_bounded():
             assert (await live.http.get("/version", headers={"x": "a" * 60_000})).status_code == 200
             reader, writer = await asyncio.open_connection("127.0.0.1", int(live.url.rsplit(":")[-1]))
             writer.write(b"GET /version HTTP/1.1\r\nhost: h\r\nx: " + b"a" * 100_000)
-            assert (await asyncio.wait_for(reader.readline(), 5)).split()[1] == b"400"
+            assert (await asyncio.wait_for(reader.readline(), 60)).split()[1] == b"400"
             writer.close()
 
     asyncio.run(run())
