@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from loong_jax.config import ConfigError
+from serving import context
 from serving.errors import Forbidden, TooManyCalls, Unauthenticated
 from serving.keys import MAX_KEYS, Key, KeyLimits, KeyRing, Meter
 
@@ -100,7 +101,7 @@ class Access:
 
     @contextlib.contextmanager
     def call(self, key: Key) -> Iterator[None]:
-        """Around a call of that key. Raises TooManyCalls."""
+        """Around a call of that key, which `context.caller` then names. Raises TooManyCalls."""
         meter = self._meters.get(key.name)
         now_s = self._clock()
         if meter is None:
@@ -113,9 +114,11 @@ class Access:
             rate = self._limits.requests_per_s
             raise TooManyCalls(f"key-requests-per-s: {key.name} may send {rate:g} requests a second", wait_ms)
         meter.open += 1
+        before = context.caller.set(key.name)
         try:
             yield
         finally:
+            context.caller.reset(before)
             meter.open -= 1
 
     def _forget_idle(self) -> None:

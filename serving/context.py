@@ -1,6 +1,7 @@
-"""What belongs to the call under way, wherever its work goes: the request's name, and the caller's trace.
+"""What belongs to the call under way, wherever its work goes: whose it is, the request's name, and the caller's trace.
 
-What it is not: a place for arguments. Only what observers need and no step of the work does.
+What it is not: a place for arguments. Only what observers need and no step of the work does, and the caller, whom a
+listener knows and who owns the names of requests.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 
+caller: ContextVar[str] = ContextVar("caller", default="")
+"""The name of the caller's key; empty where there are no keys."""
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 trace_headers: ContextVar[Mapping[str, str]] = ContextVar("trace_headers", default={})  # noqa: B039 (never changed)
 

@@ -80,7 +80,9 @@ class Generator:
         self.refusing: str | None = "the server is warming up"
         """Why new requests are refused now, None when they are not."""
         self._loop = loop
-        self._running: dict[str, range] = {}  # request_id -> numbers of its choices in the engine, none at first
+        # (caller, request_id) -> numbers of its choices in the engine, none at first. A name is its caller's: another
+        # caller may use it too, and learns nothing of this one.
+        self._running: dict[tuple[str, str], range] = {}
         self._seeds = random.SystemRandom()
         # Encoding a long text takes long enough to be noticed by other streams.
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="loong-encode")
@@ -114,13 +116,14 @@ class Generator:
             self.check_serving()
             request_id = ask.request_id or uuid.uuid4().hex
             context.request_id.set(request_id)
-            if request_id in self._running:
+            owned = (context.caller.get(), request_id)
+            if owned in self._running:
                 raise DuplicateRequest(f"request_id: {request_id!r} is running")
-            self._running[request_id] = range(0)
+            self._running[owned] = range(0)
             try:
-                await self._generate(request, ask, request_id, arrived_us, admitted, write, left_s)
+                await self._generate(request, ask, owned, arrived_us, admitted, write, left_s)
             finally:
-                del self._running[request_id]
+                del self._running[owned]
         except Refusal as refusal:
             self.observers.refused(refusal)
             raise
@@ -141,8 +144,8 @@ class Generator:
             raise QueueFull(f"{most} requests are open")
 
     def abort(self, request_id: str) -> None:
-        """End a running request. Raises UnknownRequest."""
-        numbers = self._running.get(request_id, range(0))
+        """End a running request of the same caller. Raises UnknownRequest."""
+        numbers = self._running.get((context.caller.get(), request_id), range(0))
         if not numbers:
             raise UnknownRequest(f"request_id: {request_id[:200]!r} is not running")
         for number in numbers:
@@ -214,12 +217,13 @@ class Generator:
         self,
         request: pb.GenerateRequest,
         ask: Ask,
-        request_id: str,
+        owned: tuple[str, str],
         arrived_us: int,
         admitted: Callable[[Admitted], Awaitable[None]],
         write: Callable[[list[pb.GenerateResponse]], Awaitable[None]],
         left_s: float | None,
     ) -> None:
+        _, request_id = owned
         token_ids = request.token_ids.ids if ask.prompt_field == "token_ids" else await self._encode(request)
         prompt, max_tokens = check_prompt(token_ids, request, ask, self.limits)
         adjustment = await self._adjustment(ask)
@@ -239,7 +243,7 @@ class Generator:
             choices=[(msgspec.structs.replace(ask.sampling, seed=stream.seed), stream) for stream in others],
             name=request_id,
         )
-        self._running[request_id] = range(number, number + len(streams))
+        self._running[owned] = range(number, number + len(streams))
         try:
             async with patient(self.stream_limits, streams) as patience:
                 await admitted(Admitted(request_id, token_ids))

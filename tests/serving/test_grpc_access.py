@@ -117,6 +117,31 @@ def test_limits_of_a_key_and_that_an_ended_call_gives_its_place_back(keys):
     asyncio.run(run())
 
 
+def test_a_name_of_a_request_is_its_keys(keys):
+    async def run():
+        access = AccessConfig(keys=keys)
+        async with live_server(access=access, identity=ClientIdentity(api_key=ALICE), step_s=0.002) as live:
+            long = generate_request(PROMPT, max_tokens=2000, request_id="mine")
+            stub, alice = live.client.stub, (("authorization", f"Bearer {ALICE}"),)
+            call = stub.Generate(long, metadata=alice)
+            await call.read()
+            async with LoongClient(live.client.target, identity=ClientIdentity(api_key=BOB)) as bob:
+                error = await refusal(bob.abort("mine"))
+                assert error.code() is grpc.StatusCode.NOT_FOUND
+                assert error.details() == (await refusal(bob.abort("never"))).details().replace("never", "mine")
+                same = generate_request(PROMPT, max_tokens=2, request_id="mine")
+                assert (await bob.generate(same)).token_ids == [5, 6], "and learns nothing of another's"
+            assert len(live.manager.running) == 1
+            error = await refusal(live.client.generate(generate_request(PROMPT, max_tokens=1, request_id="mine")))
+            assert error.code() is grpc.StatusCode.ALREADY_EXISTS
+            await live.client.abort("mine")
+            while (message := await call.read()) is not grpc.aio.EOF:
+                last = message
+            assert last.finished.finish_reason == pb.FINISH_REASON_ABORT
+
+    asyncio.run(run())
+
+
 def test_the_rate_of_a_key(keys):
     async def run():
         config = AccessConfig(keys=keys, limits=KeyLimits(requests_per_s=3))
