@@ -82,7 +82,7 @@ async def patient(limits: StreamLimits, streams: Sequence[RequestStream]) -> Asy
         async with asyncio.timeout(None) as timeout:
             patience = Patience(limits, streams, timeout)
             for stream in streams:
-                stream.on_tokens = patience.tokens_came
+                stream.on_unread, stream.few_unread = patience.tokens_came, limits.max_unread_tokens // len(streams)
             yield patience
     except TimeoutError:
         if patience is None or not patience.reason:

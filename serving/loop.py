@@ -37,7 +37,7 @@ from loong_jax.types import (
     View,
 )
 from serving.errors import EngineFailed, NotServing, QueueFull
-from serving.outbox import Crashed, Outbox, Prefilled, Sink
+from serving.outbox import Crashed, Mailbox, Outbox, Prefilled, Sink
 from serving.proto.loong.v1 import loong_pb2 as pb
 from serving.state import EngineState
 
@@ -124,8 +124,7 @@ class EngineLoop:
         self._on_ready = on_ready
         self._on_crash = on_crash
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._sinks: dict[int, Sink] = {}
-        self._untold: set[int] = set()  # requests without a first token
+        self._boxes: dict[int, Mailbox] = {}  # of unfinished requests
         self._lock = threading.Lock()  # request ids enter the inbox in their order
         self._next_request = 0
         self._crash: str | None = None
@@ -254,8 +253,7 @@ class EngineLoop:
         if type(item) is _Question:
             return self._answer(item.answer, now_us)
         if type(item) is _Arrival:
-            self._sinks.update(zip(item.numbers, item.sinks, strict=True))
-            self._untold.update(item.numbers)
+            self._boxes.update(zip(item.numbers, map(Mailbox, item.sinks), strict=True))
             if self._decisions:
                 self._decisions.arrives(item.numbers, item.name)
             for event in item.events:
@@ -290,10 +288,10 @@ class EngineLoop:
 
     def _next_item(self) -> Any:
         """Wait for the next item. Time itself is an event while requests are open."""
-        if self._event_log is not None and not self._sinks and self._inbox.empty():
+        if self._event_log is not None and not self._boxes and self._inbox.empty():
             self._event_log.flush()
         try:
-            return self._inbox.get(timeout=_TICK_S if self._sinks else None)
+            return self._inbox.get(timeout=_TICK_S if self._boxes else None)
         except queue.Empty:
             return Tick()
 
@@ -306,30 +304,25 @@ class EngineLoop:
             answer.set_exception(error)
 
     def _perform(self, command: AnyCommand, now_us: int) -> None:
-        if isinstance(command, Emit | EmitScores):
-            sink = self._sinks.get(command.request)
-        elif isinstance(command, Finish | Reject):
-            sink = self._sinks.pop(command.request, None)
+        # Once a token, so types are compared: `isinstance` of several takes as long as all the rest.
+        if type(command) is Emit or type(command) is EmitScores:
+            if (box := self._boxes.get(command.request)) is not None:
+                self._outbox.push(box, command, now_us)
+        elif type(command) is Finish or type(command) is Reject:
+            if (box := self._boxes.pop(command.request, None)) is not None:
+                self._outbox.push(box, command, now_us)
         else:
             self._executor.submit(command)
             if isinstance(command, RunPrefill):
                 self._tell_prefilled(command, now_us)
-            self._state.saw_command(command, now_us)
-            return
         self._state.saw_command(command, now_us)
-        if sink is not None:
-            first = command.request in self._untold
-            if first and not isinstance(command, EmitScores):
-                self._untold.discard(command.request)
-            self._outbox.push(sink, command, now_us, first=first)
 
     def _tell_prefilled(self, command: RunPrefill, now_us: int) -> None:
         for row in command.rows:
-            sink = self._sinks.get(row.request)
-            if sink is not None:
+            box = self._boxes.get(row.request)
+            if box is not None:
                 num_tokens = sum(run.count for run in row.runs)
-                item = Prefilled(len(command.instances), num_tokens, row.emit)
-                self._outbox.push(sink, item, now_us, first=row.request in self._untold)
+                self._outbox.push(box, Prefilled(len(command.instances), num_tokens, row.emit), now_us)
 
     def _end(self, message: str) -> None:
         """Nothing more will come: tell everybody who waits."""
@@ -342,11 +335,11 @@ class EngineLoop:
             except queue.Empty:
                 break
             if type(item) is _Arrival:
-                self._sinks.update(zip(item.numbers, item.sinks, strict=True))
+                self._boxes.update(zip(item.numbers, map(Mailbox, item.sinks), strict=True))
             elif type(item) is _Question and item.answer.set_running_or_notify_cancel():
                 item.answer.set_exception(EngineFailed(message))
-        for sink in self._sinks.values():
-            self._outbox.push(sink, Crashed(message), now_us)
-        self._sinks.clear()
+        for box in self._boxes.values():
+            self._outbox.push(box, Crashed(message), now_us)
+        self._boxes.clear()
         self._outbox.flush()
         self._on_crash(message)

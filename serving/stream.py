@@ -147,8 +147,9 @@ class RequestStream:
         self._num_tokens = 0  # of these, in messages
         self._matched: str | None = None
         self._ended = False  # nothing more of the engine's is wanted
-        self.on_tokens: Callable[[], None] | None = None
-        """Called when more tokens wait to become a message."""
+        self.on_unread: Callable[[], None] | None = None
+        """Called when more tokens wait to become a message, and more than `few_unread` do."""
+        self.few_unread = 0
         self.engine_done = False
         """The engine has said its last word about this request."""
         self.finished = False
@@ -213,8 +214,9 @@ class RequestStream:
         self._history.emitted(item.dop, num_tokens, now_us)
         if self._observer is not None:
             self._observer.emitted(num_tokens, now_us)
-        if self.on_tokens is not None:
-            self.on_tokens()
+        # A token in a stream whose client keeps up costs a comparison here.
+        if self.on_unread is not None and (len(self._tokens) > self.few_unread or self._tops):
+            self.on_unread()
 
     def close(self) -> None:
         """No message is asked for any more."""

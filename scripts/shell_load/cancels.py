@@ -257,7 +257,7 @@ class Cancels:
         for instance in manager.view().instances:
             assert instance.free_pages == instance.num_pages, instance
         assert not self.executor.mock.pages_in_use
-        assert not self.loop._sinks
+        assert not self.loop._boxes
         streams = num_streams() - self._num_streams
         assert streams <= 0, f"{streams} streams are left"
         calls = [task.get_name() for task in asyncio.all_tasks() if "Generate" in task.get_name()]
