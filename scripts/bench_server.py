@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shell_load.http2 import Connection, Poller, Stream  # noqa: E402
 from shell_load.report import percentile, table  # noqa: E402
-from shell_load.server import GENERATE, RAW, Child  # noqa: E402
+from shell_load.server import GENERATE, RAW, RAW_ONCE, RAW_PACED, Child  # noqa: E402
 
 from serving.client import generate_request  # noqa: E402
 from serving.proto.loong.v1 import loong_pb2 as pb  # noqa: E402
@@ -56,11 +56,11 @@ class Load:
         self.num_tokens += len(pb.GenerateResponse.FromString(message).tokens.token_ids)
 
     def measure(self, seconds: float) -> Rate:
-        before, tokens, messages = self._child.ask(), self.num_tokens, self._messages()
+        before, tokens, messages = self._child.ask(), self.num_tokens, self.num_messages()
         start_s = time.monotonic()
         for _ in self.poller.for_s(seconds):
             pass
-        elapsed_s, num_messages = time.monotonic() - start_s, self._messages() - messages
+        elapsed_s, num_messages = time.monotonic() - start_s, self.num_messages() - messages
         cpu_s = self._child.ask()["cpu_s"] - before["cpu_s"]
         tokens = self.num_tokens - tokens
         return Rate(num_messages / elapsed_s, tokens / elapsed_s, cpu_s / max(1, num_messages) * 1e6)
@@ -70,7 +70,7 @@ class Load:
             pass
         return self
 
-    def _messages(self) -> int:
+    def num_messages(self) -> int:
         return sum(stream.num_messages for stream in self.streams)
 
 
@@ -118,23 +118,39 @@ def bench_tokens(seconds: float) -> None:
 
 
 def bench_ttft(seconds: float, messages_per_s: float) -> None:
-    """New requests beside streams that use half the rate. The engine answers at once: all of it is the shell's."""
+    """New requests beside streams that use half the rate. The engine answers at once: all of it is the shell's. The
+    library alone has the same load: as many streams that write together, once a step."""
     short = generate_request([1, 2, 3], max_tokens=1).SerializeToString()
-    with Child(step_ms=1000 * NUM_STREAMS / (messages_per_s / 2)) as child:
-        load = Load(child, GENERATE).warm()
-        asked: list[Stream] = []
-        next_s = time.monotonic()
-        for _ in load.poller.for_s(seconds):
-            while time.monotonic() >= next_s:
-                next_s += 0.01
-                asked.append(load.connections[len(asked) % NUM_CONNECTIONS].call(GENERATE, short))
-            load.poller.poll(0.001)
-        load.warm(0.5)
-    times_ms = [1000 * (stream.first_s - stream.sent_s) for stream in asked if stream.first_s]
-    assert len(times_ms) == len(asked), f"{len(asked) - len(times_ms)} requests had no answer"
-    figures = [f"{percentile(times_ms, q):.2f}" for q in (50, 90, 99, 100)]
-    print(table(("requests", "at messages/s", "p50 ms", "p90", "p99", "most"),
-                [[len(asked), f"{messages_per_s / 2:,.0f}", *figures]]))  # fmt: skip
+    rows: list[list[object]] = []
+    for what, kind, path, once, message in (
+        ("ids", "loong", GENERATE, GENERATE, short),
+        ("text", "loong", GENERATE, GENERATE, short),
+        ("library alone", "raw", RAW_PACED, RAW_ONCE, b""),
+    ):
+        step_ms = 1000 * NUM_STREAMS / (messages_per_s / 2)
+        with Child(kind=kind, text=int(what == "text"), step_ms=step_ms) as child:
+            load = Load(child, path).warm()
+            asked, rate = first_messages(load, seconds, once, message)
+        times_ms = [1000 * (stream.first_s - stream.sent_s) for stream in asked if stream.first_s]
+        assert len(times_ms) == len(asked), f"{len(asked) - len(times_ms)} requests had no answer"
+        figures = [f"{percentile(times_ms, q):.2f}" for q in (50, 90, 99, 100)]
+        rows.append([what, len(asked), f"{rate:,.0f}", *figures])
+    print(table(("first messages", "requests", "at messages/s", "p50 ms", "p90", "p99", "most"), rows))
+
+
+def first_messages(load: Load, seconds: float, path: str, message: bytes) -> tuple[list[Stream], float]:
+    """A new stream each 10 ms, and the messages a second beside them."""
+    asked: list[Stream] = []
+    num_messages = load.num_messages()
+    start_s = next_s = time.monotonic()
+    for _ in load.poller.for_s(seconds):
+        while time.monotonic() >= next_s:
+            next_s += 0.01
+            asked.append(load.connections[len(asked) % NUM_CONNECTIONS].call(path, message))
+        load.poller.poll(0.001)
+    rate = (load.num_messages() - num_messages) / (time.monotonic() - start_s)
+    load.warm(0.5)
+    return asked, rate
 
 
 def bench_streams(num_streams: int) -> None:

@@ -3,7 +3,8 @@
 
 Client processes (scripts/shell_load/rude.py) do everything wrong at random and are killed at random, `kill -9`. Once a
 minute all are killed, the server comes to rest, and its memory, threads, descriptors, tasks and objects are written
-down: growth is from the first rest to the last. Before that a polite request must be served.
+down: growth is from the first rest to the last. Before that a polite request must be served. Before the first, many
+texts at once have started what threads there may ever be: pools make theirs when first needed.
 
     scripts/soak.py                       ten minutes, as in docs/server.md
     scripts/soak.py --minutes 600 --png soak.png
@@ -20,6 +21,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,13 @@ async def polite(child: Child) -> None:
     assert len(answer.token_ids) == 20
 
 
+async def warm(child: Child, num_texts: int = 64) -> None:
+    """Texts at once, for all threads of the pool that encodes them."""
+    async with LoongClient(f"127.0.0.1:{child.port}") as client:
+        request = generate_request("The sky is blue. " * 200, max_tokens=2)
+        await asyncio.gather(*(client.generate(request, timeout_s=120) for _ in range(num_texts)))
+
+
 def rest(child: Child) -> dict[str, Any]:
     """What the server holds when nothing is asked of it."""
     deadline_s = time.monotonic() + 60
@@ -117,6 +126,7 @@ def main() -> int:
     rests, minutes = [], []
     start_s = time.monotonic()
     with Child(step_ms=20, http=1, write_timeout_s=2, max_running=256, max_waiting=64) as child:
+        asyncio.run(warm(child))
         crowd = Crowd(child, options.clients)
         while True:
             crowd.run(min(options.period_s, max(1.0, 60 * options.minutes - (time.monotonic() - start_s))))
@@ -140,6 +150,8 @@ def main() -> int:
         options.json.write_text(json.dumps({"minutes": minutes, "rests": rests}, indent=1))
     if options.png:
         picture(options.png, minutes, rests)
+    more = sorted((Counter(last["thread_names"]) - Counter(first["thread_names"])).elements())
+    print("threads at the last rest and not at the first:", ", ".join(more) or "none")
     grown = [name for name, most in MAX_OTHER.items() if last[name] - first[name] > most]
     grown += ["rss_mb"] if last["rss_mb"] - first["rss_mb"] > MAX_RSS_MB else []
     print("grown beyond bounds:", ", ".join(grown) or "nothing")

@@ -5,13 +5,14 @@
     python scripts/try_clients.py --url http://HOST:8000 --target HOST:50051 --model FOLDER
 
 openai: OpenAI's Python package; grpc: a health probe and a listing by reflection; lm-eval: local-completions with a
-local task file; guidellm; jetstream: the benchmark in google-jetstream. The packages are installed with pip into
-.cache/clients/NAME, so nothing of them is mixed with what the server needs. What it is not: a test of the shapes
-(tests/serving).
+local task file; guidellm; jetstream: the benchmark in google-jetstream. The packages are installed with uv, else with
+pip, into .cache/clients/NAME, so nothing of them is mixed with what the server needs. What it is not: a test of the
+shapes (tests/serving).
 """
 
 import argparse
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -41,7 +42,7 @@ PACKAGES = {
         ["--no-deps", "google-jetstream==0.2.2"],
     ),
 }
-"""By client: what pip installs, call by call."""
+"""By client: what is installed, call by call."""
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 """The default model continues text and has no chat template: with this one a conversation is its texts."""
@@ -88,12 +89,18 @@ def environment(client: str) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder)
-    for packages in PACKAGES[client]:  # by the pip of this environment: one for each takes a while to make
-        install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-        subprocess.run([*install, *packages], check=True)
+    found = os.environ.get("PIP_FIND_LINKS")  # pip sees it by itself
+    links = ["--find-links", found] if found else []
+    for packages in PACKAGES[client]:  # by the tools of this environment: some for each take a while to make
+        if not _installed(packages, "uv", "pip", "install", "--quiet", "--python", python, *links):
+            _installed(packages, "pip", "--python", python, "install", "--quiet", check=True)
     if client == "jetstream":
         _stand_in(next(folder.glob("lib/python*/site-packages")))
     return python
+
+
+def _installed(packages: list[str], *words: str | Path, check: bool = False) -> bool:
+    return subprocess.run([sys.executable, "-m", *words, *packages], check=check).returncode == 0
 
 
 def _stand_in(site_packages: Path) -> None:

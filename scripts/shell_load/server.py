@@ -40,7 +40,7 @@ from serving.tokenizer import Tokenizer  # noqa: E402
 from serving.validation import ValidationLimits  # noqa: E402
 
 GENERATE = "/loong.v1.Loong/Generate"
-RAW = "/raw.Echo/Stream"
+RAW, RAW_PACED, RAW_ONCE = "/raw.Echo/Stream", "/raw.Echo/Paced", "/raw.Echo/Once"
 _ANSWER = "The sky is blue. The sun is yellow, and what follows is a longer sentence, which says nothing at all. "
 
 
@@ -115,22 +115,44 @@ class _Server:
 
 
 class _Raw:
-    """The library alone: a handler that writes one message again and again, and the same listener otherwise."""
+    """The library alone: handlers that write one message again and again, once a step, or once; and the same listener
+    otherwise."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         message = pb.GenerateResponse(tokens=pb.Tokens(token_ids=[65], logprobs=[-0.5], text="a")).SerializeToString()
+        self._step_s = options.step_ms / 1000
+        self._step: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def stream(request: bytes, context: grpc.aio.ServicerContext) -> None:
             while True:
                 await context.write(message)
 
-        handler = grpc.unary_stream_rpc_method_handler(stream)
-        handlers = grpc.method_handlers_generic_handler("raw.Echo", {"Stream": handler})
-        self._server = grpc.aio.server(handlers=[handlers], options=(("grpc.so_reuseport", 0),))
+        async def paced(request: bytes, context: grpc.aio.ServicerContext) -> None:
+            while True:
+                await context.write(message)
+                await asyncio.shield(self._step)
+
+        async def once(request: bytes, context: grpc.aio.ServicerContext) -> None:
+            await context.write(message)
+
+        methods = {"Stream": stream, "Paced": paced, "Once": once}
+        handlers = {name: grpc.unary_stream_rpc_method_handler(method) for name, method in methods.items()}
+        generic = grpc.method_handlers_generic_handler("raw.Echo", handlers)
+        self._server = grpc.aio.server(handlers=[generic], options=(("grpc.so_reuseport", 0),))
+
+    async def _steps(self) -> None:
+        asyncio_loop = asyncio.get_running_loop()
+        due_s = asyncio_loop.time()
+        while True:
+            due_s = max(asyncio_loop.time(), due_s + self._step_s)
+            await asyncio.sleep(due_s - asyncio_loop.time())
+            step, self._step = self._step, asyncio_loop.create_future()
+            step.set_result(None)
 
     async def start(self) -> dict[str, int]:
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
+        self._pace = asyncio.create_task(self._steps())
         return {"port": port, "http_port": 0}
 
     def stats(self) -> dict[str, Any]:
@@ -153,6 +175,7 @@ async def _serve(options: argparse.Namespace) -> None:
                 **served.stats(),
                 "rss_mb": process.memory_info().rss / 2**20,
                 "threads": threading.active_count(),
+                "thread_names": sorted(thread.name for thread in threading.enumerate()),
                 "os_threads": process.num_threads(),
                 "fds": process.num_fds(),
                 "objects": len(gc.get_objects()),
