@@ -79,10 +79,10 @@ async def polite(child: Child) -> None:
     assert len(answer.token_ids) == 20
 
 
-async def warm(child: Child, num_texts: int = 64) -> None:
+async def warm(child: Child, num_texts: int = 16) -> None:
     """Texts at once, for all threads of the pool that encodes them."""
     async with LoongClient(f"127.0.0.1:{child.port}") as client:
-        request = generate_request("The sky is blue. " * 200, max_tokens=2)
+        request = generate_request("The sky is blue. " * 2000, max_tokens=2)
         await asyncio.gather(*(client.generate(request, timeout_s=120) for _ in range(num_texts)))
 
 

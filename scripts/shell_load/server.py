@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,9 @@ async def _serve(options: argparse.Namespace) -> None:
     print(json.dumps(await served.start()), flush=True)
     profile: cProfile.Profile | None = None
     process = psutil.Process()
-    while line := await asyncio_loop.run_in_executor(None, sys.stdin.readline):
+    # One thread: asyncio's own pool starts another where the first is not yet seen to be idle.
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="questions")
+    while line := await asyncio_loop.run_in_executor(reader, sys.stdin.readline):
         answer: dict[str, Any] = {}
         word, *rest = line.split()
         if word == "stats":
