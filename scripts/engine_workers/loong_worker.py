@@ -11,12 +11,14 @@ import random
 import sys
 import time
 from array import array
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 import msgspec
 
-from loong_jax.config import ClusterConfig, LimitsConfig
+from loong_jax.config import ClusterConfig, LimitsConfig, ModelConfig
 from loong_jax.cost.unmeasured import unmeasured
 from loong_jax.esp.groups import Devices
 from loong_jax.esp.steps import StepBuilder
@@ -31,30 +33,25 @@ from serving.flags import cluster_config
 
 
 class Engine:
-    """Manager and executor over `num_instances` virtual devices, one event at a time, in the calling thread."""
+    """Manager and executor over the first devices, one event at a time, in the calling thread. `weights_on`: makes or
+    reads the weights, `[instance][rank]`."""
 
-    def __init__(self, directory: Path, dtype: str, num_instances: int, pool_tokens: int, dops: str = "auto"):
-        model = msgspec.structs.replace(read_config(directory), dtype=dtype)
+    def __init__(
+        self, model: ModelConfig, cluster: ClusterConfig, weights_on: Callable[[StepBuilder, Devices], list[list]]
+    ):
         self.vocab_size = model.vocab_size
-        self._cluster = self._cluster_config(num_instances, pool_tokens, dops)
+        self._cluster = cluster
         self._limits = LimitsConfig()
-        builder = StepBuilder(model, self._cluster, jax.default_backend())
-        devices = Devices(jax.devices(), num_instances, 1)
-        weights = load_checkpoint(directory, model, tp=1, devices=devices.by_instance, stacked=builder.stacked)
+        builder = StepBuilder(model, cluster, jax.default_backend())
+        devices = Devices(jax.devices(), cluster.num_instances, 1)
+        weights = weights_on(builder, devices)
         self._inbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
         self._programs = Programs(builder.build, devices.mesh, None, self._inbox.put, "bench")
         self._executor = Executor(builder, devices, weights, self._programs, self._inbox.put)
-        self._policy = Elastic(self._cluster, self._limits)
-        self._manager = Manager(self._cluster, self._limits, self._policy, unmeasured())
+        self._policy = Elastic(cluster, self._limits)
+        self._manager = Manager(cluster, self._limits, self._policy, unmeasured())
         self._num_requests = 0
-        self._warm_up(num_instances)
-
-    @staticmethod
-    def _cluster_config(num_instances: int, pool_tokens: int, dops: str) -> ClusterConfig:
-        return cluster_config(
-            platform="cpu", instances=num_instances, tp=1, pool_tokens=pool_tokens, page_tokens=16, ring_tokens=512,
-            max_running=64, dops=dops, prefill_buckets="auto", decode_buckets="auto",
-        )  # fmt: skip
+        self._warm_up(cluster.num_instances)
 
     def _warm_up(self, num_instances: int) -> None:
         everyone = tuple(range(num_instances))
@@ -107,6 +104,10 @@ class Engine:
         return taken_s * num_tokens * batch / done
 
 
+def checkpoint_weights(directory: Path, builder: StepBuilder, devices: Devices) -> list[list]:
+    return load_checkpoint(directory, builder.model, tp=1, devices=devices.by_instance, stacked=builder.stacked)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
@@ -115,7 +116,12 @@ def main() -> None:
     parser.add_argument("--dops", default="auto")
     parser.add_argument("--pool-tokens", type=int, default=160_000)
     args = parser.parse_args()
-    engine = Engine(args.model, args.dtype, args.instances, args.pool_tokens, args.dops)
+    model = msgspec.structs.replace(read_config(args.model), dtype=args.dtype)
+    cluster = cluster_config(
+        platform="cpu", instances=args.instances, tp=1, pool_tokens=args.pool_tokens, page_tokens=16, ring_tokens=512,
+        max_running=64, dops=args.dops, prefill_buckets="auto", decode_buckets="auto",
+    )  # fmt: skip
+    engine = Engine(model, cluster, partial(checkpoint_weights, args.model))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         case = json.loads(line)
