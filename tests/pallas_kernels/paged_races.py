@@ -16,6 +16,7 @@ from functools import partial
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # interpreted kernels spend most of their time being compiled
 os.environ.setdefault("NPROC", "16")  # threads for callbacks that wait for each other
 
 import jax

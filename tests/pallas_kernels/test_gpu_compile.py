@@ -37,7 +37,7 @@ def check_resources(report: dict) -> None:
 
 @legs(list(FLASH), 6)
 def test_flash_partial_compiles(names: list[str]):
-    reports = compiled("gpu_flash", *names)
+    reports = compiled(("gpu_flash", tuple(names)))["gpu_flash"]
     assert [report["name"] for report in reports] == names
     for report in reports:
         check_resources(report)
@@ -48,7 +48,7 @@ def test_flash_partial_compiles(names: list[str]):
 
 @legs(list(PAGED), 5)
 def test_paged_partial_compiles_and_copies_no_pool(names: list[str]):
-    reports = compiled("gpu_paged", *names)
+    reports = compiled(("gpu_paged", tuple(names)))["gpu_paged"]
     assert [report["name"] for report in reports] == names
     for report in reports:
         check_resources(report)

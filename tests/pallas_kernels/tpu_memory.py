@@ -1,5 +1,7 @@
 """Compiles the pool's readers and writers ahead of time for TPU v5e:2x4 and prints what memory they take, as JSON.
 
+    python -m tests.pallas_kernels.tpu_memory 64 128     (head_dim)
+
 Run as a program by `test_tpu_compile.py`: libtpu reads its settings once per process and ends the process on some
 errors. It needs no TPU. Output: one object per program: name, pool_bytes, alias_bytes, temp_bytes (per device).
 """
@@ -89,13 +91,13 @@ def programs(dim: int):
     }
 
 
-def main() -> None:
+def main(dims: list[str]) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     mesh = Mesh(np.array(topology.devices).reshape(8), ("sp",))
     pool = jax.ShapeDtypeStruct(
         (8 * LAYERS, PAGES, 2, KVH, PAGE_TOKENS, POOL_DIM), jnp.bfloat16, sharding=NamedSharding(mesh, P("sp"))
     )
-    for dim in (64, 128):
+    for dim in map(int, dims):
         for name, (function, shapes) in programs(dim).items():
             specs = (P("sp"), *[P()] * len(shapes))
             mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(P("sp"), P()), check_vma=False)
@@ -111,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

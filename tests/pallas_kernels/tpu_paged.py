@@ -46,14 +46,15 @@ class Case(NamedTuple):
 
 CASES = {
     "v5e": Case(),
-    "v6e": Case(topology="v6e:2x4"),
-    "v5p": Case(topology="v5p:2x2x2"),
-    "tpu7x": Case(topology="tpu7x:2x2x1"),
     "page 1": Case(page_tokens=1, kvh=2),
     "page 128": Case(page_tokens=128),
     "gather-q": Case(rows=128, qtok=16, window=True),
     "dim 64": Case(dim=64, window=True, soft_cap=30.0),
     "dim 256, MHA": Case(dim=256, kvh=16, group=1, rows=127),
+    # the slow leg; of other chips the suite has a decode step (`loong_jax/aot/test_compiled.py`)
+    "v6e": Case(topology="v6e:2x4"),
+    "v5p": Case(topology="v5p:2x2x2"),
+    "tpu7x": Case(topology="tpu7x:2x2x1"),
     "page 2": Case(page_tokens=2),
     "page 4": Case(page_tokens=4),
     "page 8": Case(page_tokens=8),
@@ -77,7 +78,7 @@ CASES = {
     "v5p page 1": Case(topology="v5p:2x2x2", page_tokens=1),
     "tpu7x page 1": Case(topology="tpu7x:2x2x1", page_tokens=1),
 }
-SHARES = {"quick": list(CASES)[:9], "others": list(CASES)[9:]}
+SHARES = {"quick": list(CASES)[:6], "others": list(CASES)[6:]}
 
 
 def shapes(case: Case) -> list[jax.ShapeDtypeStruct]:
