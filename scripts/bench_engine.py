@@ -36,10 +36,10 @@ from loong_jax.model.export import save_checkpoint  # noqa: E402
 WORKERS = ROOT / "scripts" / "engine_workers"
 WORK = ROOT / "out" / "bench_engine"
 PEERS = {
-    "transformers": ("torch>=2.6", "transformers>=4.51", "safetensors"),
-    "openvino": ("optimum-intel[openvino]>=1.22", "openvino-genai>=2025.1"),
+    "transformers": ("torch==2.13.0", "transformers==5.24.0", "safetensors>=0.5"),
+    "openvino": ("torch==2.13.0", "optimum-intel[openvino]==2.2.0", "openvino-genai==2026.4.1.0"),
 }
-"""What each peer's virtual environment holds."""
+"""What each peer's virtual environment holds: versions that were seen to work together."""
 
 MODEL = ModelConfig(
     family="llama", vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_layers=12, num_heads=12,
@@ -125,7 +125,9 @@ def peer_python(name: str) -> Path:
     if not (environment / "complete").exists():
         print(f"installing {name} into {environment}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[name]], check=True)
+        # pip takes half an hour to resolve these.
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "uv"], check=True)
+        subprocess.run([python, "-m", "uv", "pip", "install", "--quiet", "--python", python, *PEERS[name]], check=True)
         (environment / "complete").touch()
     return python
 
