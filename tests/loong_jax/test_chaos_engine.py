@@ -78,7 +78,7 @@ def batches(sizes: dict[str, range], batch: int) -> list[tuple[str, range]]:
     return [(setting, seeds[i : i + batch]) for setting, seeds in sizes.items() for i in range(0, len(seeds), batch)]
 
 
-SUITE = {"four": range(140), "eight": range(100), "tp2": range(60), "sampling": range(40)}
+SUITE = {"four": range(120), "eight": range(80), "tp2": range(60), "sampling": range(40)}
 SLOW = {setting: range(100_000, 103_400) for setting in CHECKPOINTS}
 
 
