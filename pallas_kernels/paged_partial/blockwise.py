@@ -1,8 +1,8 @@
 """`paged_partial` in tiles of pages, pure JAX: for CPU, and for every platform that has no kernel yet.
 
-The rows' entries are cut into tiles, and a loop goes over the tiles of all rows, several at a time: ragged rows cost
-what they hold. Two such loops share the tiles, because products this small keep one core busy, and XLA runs loops that
-do not depend on each other side by side. Trip counts are data; the pages of a few tiles are gathered, never the pool.
+The rows' entries are cut into tiles, and one loop goes over the tiles of all rows, several at a time: ragged rows cost
+what they hold, and a step works on many small products at once, which is what keeps several cores busy. Trip counts are
+data; the pages of a few tiles are gathered, never the pool.
 """
 
 import math
@@ -103,18 +103,14 @@ def paged_partial(
     large = _step_tiles(kv_pages, tile_pages) if step_tiles is None else step_tiles
     small = min(large, SMALL_STEP_TILES)
     # A step works on `large` neighbouring rows: so many more, that the last ones have neighbours.
-    nothing = start((num_rows + large, kvh, group * num_q), dim, zero)
+    running = start((num_rows + large, kvh, group * num_q), dim, zero)
     num_large = tiles.total // large
-    half, done = num_large // 2, num_large * large
+    running = lax.fori_loop(0, num_large, lambda i, run: step(run, i * large, large), running)
+    done = num_large * large
     num_small = -(-(tiles.total - done) // small)
-    front = lax.fori_loop(0, half, lambda i, run: step(run, i * large, large), nothing)
-    back = lax.fori_loop(half, num_large, lambda i, run: step(run, i * large, large), nothing)
-    back = lax.fori_loop(0, num_small, lambda i, run: step(run, done + i * small, small), back)
+    running = lax.fori_loop(0, num_small, lambda i, run: step(run, done + i * small, small), running)
 
-    def parts_of(running: Running) -> Partial:
-        return jax.vmap(lambda run: finish(run, num_q))(jax.tree.map(lambda a: a[:num_rows], running))
-
-    parts = partial.merge(parts_of(front), parts_of(back))
+    parts = jax.vmap(lambda run: finish(run, num_q))(jax.tree.map(lambda a: a[:num_rows], running))
     live = row_len > 0
     place = jnp.where(live, jnp.cumsum(live) - 1, num_rows - 1)
     none = partial.empty(q.shape)
