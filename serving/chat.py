@@ -29,9 +29,10 @@ _RENDERER = Path(__file__).with_name("chat_renderer.py")
 
 
 class ChatLimits(msgspec.Struct, frozen=True):
-    """Bounds of one rendering. CPU time, so that a busy machine refuses nothing."""
+    """Bounds of one rendering. First CPU time, so that a busy machine refuses nothing; the clock is for what hangs."""
 
     cpu_s: float = 5.0
+    wall_s: float = 60.0
     memory_bytes: int = 2 * 1024**3
     max_chars: int = 32 * 1024 * 1024
 
@@ -113,7 +114,7 @@ class ChatTemplate:
                 stderr=subprocess.DEVNULL,
             )
             assert self._process.stdin is not None
-            limits = {"cpu_s": self._limits.cpu_s, "memory_bytes": self._limits.memory_bytes}
+            limits = msgspec.structs.asdict(self._limits)
             write_message(self._process.stdin, {"template": self._template, **limits})
         return self._process
 
@@ -133,7 +134,9 @@ class ChatTemplate:
             process.kill()
             status = process.wait()
         if status == -signal.SIGPROF:
-            return {"error": f"rendering took more than {self._limits.cpu_s:g} s"}
+            return {"error": f"rendering took more than {self._limits.cpu_s:g} s of CPU time"}
+        if status == -signal.SIGALRM:
+            return {"error": f"rendering took more than {self._limits.wall_s:g} s"}
         return {"error": f"rendering ended with status {status}"}
 
 

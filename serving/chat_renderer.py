@@ -6,7 +6,7 @@ sockets should the sandbox ever leak. Imports nothing of Loong. What it is not: 
 do when rendering fails.
 
 Protocol, on standard input and output: a length (8 bytes, little endian), then that much JSON. The first message is
-{"template", "cpu_s", "memory_bytes"}; each later one {"context", "now_s", "max_chars"} is answered by
+{"template", "cpu_s", "wall_s", "memory_bytes"}; each later one {"context", "now_s", "max_chars"} is answered by
 {"text"} or {"error"}.
 """
 
@@ -147,28 +147,43 @@ def confine(memory_bytes: int) -> None:
     sys.addaudithook(_refuse)
 
 
-def _answer(renderer: Renderer, message: dict[str, Any], cpu_s: float) -> dict[str, Any]:
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process
+def _let_timers_end_this() -> None:
+    """Signals that are ignored or blocked stay so in a new process, and libtpu ignores SIGPROF where it is loaded."""
+    for timer in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(timer, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF, signal.SIGALRM))
+
+
+def _set_timers(cpu_s: float, wall_s: float) -> None:
+    """The signal of either ends the process; 0 stops them."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, wall_s)
+
+
+def _answer(renderer: Renderer, message: dict[str, Any], cpu_s: float, wall_s: float) -> dict[str, Any]:
+    _set_timers(cpu_s, wall_s)
     try:
         return {"text": renderer.render(message["context"], message["now_s"], message["max_chars"])}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]}
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        _set_timers(0, 0)
 
 
 def main() -> None:
     first = read_message(sys.stdin.buffer)
     if first is None:
         return
+    cpu_s, wall_s = first["cpu_s"], first["wall_s"]
     confine(first["memory_bytes"])
-    signal.setitimer(signal.ITIMER_PROF, first["cpu_s"])
+    _let_timers_end_this()
+    _set_timers(cpu_s, wall_s)
     try:
         renderer, broken = Renderer(first["template"]), None
     except Exception as error:
         renderer, broken = None, {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]}
     while (message := read_message(sys.stdin.buffer)) is not None:
-        answer = broken if renderer is None else _answer(renderer, message, first["cpu_s"])
+        answer = broken if renderer is None else _answer(renderer, message, cpu_s, wall_s)
         write_message(sys.stdout.buffer, answer or {})
 
 

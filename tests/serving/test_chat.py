@@ -1,6 +1,7 @@
 """Chat templates in a checkpoint folder: found, refused by file, rendered in a process whose limits hold."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -128,6 +129,21 @@ def test_the_renderer_comes_back_after_it_was_ended():
     finally:
         chat.close()
         chat.close()
+
+
+def test_time_ends_a_renderer_whose_parent_ignores_the_signals():
+    """As a server's process does once libtpu is loaded."""
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    timers = (signal.SIGPROF, signal.SIGALRM)
+    before = [signal.signal(timer, signal.SIG_IGN) for timer in timers]
+    try:
+        for limits, words in ((LIMITS, "0.5 s of CPU time"), (ChatLimits(cpu_s=99.0, wall_s=1.0), "1 s$")):
+            chat = ChatTemplate(loop, "file", {}, limits)
+            with pytest.raises(InvalidField, match=f"took more than {words}"):
+                chat.render(HI, 0.0)
+    finally:
+        for timer, handler in zip(timers, before, strict=True):
+            signal.signal(timer, handler)
 
 
 def test_threads_share_it():
