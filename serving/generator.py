@@ -142,6 +142,8 @@ class Generator:
         most = self.stream_limits.max_streams
         if len(self._running) >= most:
             raise QueueFull(f"{most} requests are open")
+        if (words := self._loop.full) is not None:
+            raise QueueFull(words)
 
     def abort(self, request_id: str) -> None:
         """End a running request of the same caller. Raises UnknownRequest."""

@@ -30,6 +30,7 @@ from loong_jax.types import (
     Forked,
     Program,
     Reject,
+    RejectReason,
     RunPrefill,
     Sampling,
     Stopped,
@@ -128,6 +129,7 @@ class EngineLoop:
         self._lock = threading.Lock()  # request ids enter the inbox in their order
         self._next_request = 0
         self._crash: str | None = None
+        self._full: str | None = None
         self._ready_told = False
         self._handled = 0
         self._handling = False
@@ -186,6 +188,12 @@ class EngineLoop:
             )
             self._inbox.put(_Arrival((arrived, *forks), (sink, *(sink for _, sink in choices)), name))
             return request
+
+    @property
+    def full(self) -> str | None:
+        """The manager's words while its queue has no room: since it last refused for that, nobody has left the queue.
+        Whoever asks here first spares both threads an arrival that would be refused."""
+        return self._full
 
     def abort(self, request: int) -> None:
         """End a request wherever it is; no effect when it is over."""
@@ -309,11 +317,14 @@ class EngineLoop:
             if (box := self._boxes.get(command.request)) is not None:
                 self._outbox.push(box, command, now_us)
         elif type(command) is Finish or type(command) is Reject:
+            refused_for_room = type(command) is Reject and command.reason is RejectReason.QUEUE_FULL
+            self._full = command.message if refused_for_room else None
             if (box := self._boxes.pop(command.request, None)) is not None:
                 self._outbox.push(box, command, now_us)
         else:
             self._executor.submit(command)
             if isinstance(command, RunPrefill):
+                self._full = None
                 self._tell_prefilled(command, now_us)
         self._state.saw_command(command, now_us)
 

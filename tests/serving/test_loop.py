@@ -68,6 +68,30 @@ def prompt(*tokens: int) -> bytes:
     return b"".join(token.to_bytes(4, "little") for token in tokens)
 
 
+def test_it_is_full_from_a_refusal_until_somebody_leaves_the_queue():
+    async def run():
+        manager, sinks = FakeManager(max_waiting=1), [ListSink() for _ in range(4)]
+        loop = EngineLoop(manager, new_state())
+        executor = FakeExecutor(loop.post)
+        executor.running.clear()
+        loop.start(executor, (), asyncio.get_running_loop())
+        for sink in sinks[:3]:  # one in a step, one waiting, one refused
+            loop.arrive(prompt(1), 5, Sampling(), (), sink)
+        await asyncio.wait_for(sinks[2].done.wait(), 60)
+        assert isinstance(sinks[2].items[-1], Reject)
+        assert loop.full == "1 requests wait"
+        loop.abort(1)  # the one that waits
+        await asyncio.wait_for(sinks[1].done.wait(), 60)
+        assert loop.full is None
+        loop.arrive(prompt(1), 5, Sampling(), (), sinks[3])
+        executor.running.set()
+        await asyncio.wait_for(sinks[3].done.wait(), 60)
+        assert isinstance(sinks[3].items[-1], Finish)
+        await asyncio.to_thread(loop.close)
+
+    asyncio.run(run())
+
+
 def test_events_are_logged_in_order_with_their_commands_and_sinks_run_in_asyncio():
     async def run():
         log, sink = ListLog(), ListSink()
