@@ -28,6 +28,7 @@ from loong_jax.compile_watch import CompileWatch, heard_cache_hit
 from loong_jax.program_store import ProgramStore, environment
 from loong_jax.retarget import Device, RetargetError, Serialized
 from loong_jax.types import Program, ProgramReady
+from pallas_kernels.chips import chip_of
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ class _Maker:
             step, jitted = self._jitted[program]
             lowered = jitted.lower(*placed(step, mesh))
         with jax.set_mesh(mesh):
-            return lowered.compile()
+            return lowered.compile(compiler_options=compiler_options(mesh.devices.flat[0]))
 
     def _is_movable(self, device: Device) -> bool:
         with self._verify_lock:
@@ -335,8 +336,18 @@ class _Maker:
             "bucket": program.bucket,
             "mesh": list(mesh.devices.shape),
             "axes": ",".join(map(str, mesh.axis_names)),
+            "compiler_options": compiler_options(mesh.devices.flat[0]),
             "devices": [] if movable else [device.id for device in mesh.devices.flat],
         }
+
+
+def compiler_options(device: Device) -> dict[str, str]:
+    """XLA's options for steps on a kind of device."""
+    if chip_of(device.device_kind).name == "tpu7x":
+        # Arguments of 16 bits come in tiles of 8 rows, and there it computes in tiles of 16: every step would lay out
+        # the weights of all layers anew, which is as much scratch as weights.
+        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
+    return {}
 
 
 def placed(step: StepFunction, mesh: Mesh) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from loong_jax.aot.targets import TargetError
 from loong_jax.config import ClusterConfig, ModelConfig
 from loong_jax.esp.groups import Devices
 from loong_jax.esp.steps import StepBuilder
-from loong_jax.programs import StepFunction, placed
+from loong_jax.programs import StepFunction, compiler_options, placed
 from loong_jax.retarget import Device
 from loong_jax.types import Program
 
@@ -80,7 +80,7 @@ def measured(
         lowered = jax.jit(step.function, donate_argnums=step.donate).lower(*placed(step, mesh))
         lowered_s = time.process_time()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=compiler_options(devices[0]))
         except Exception as error:  # jax raises what the compiler raises, whose classes are not public
             raise _in_words(error) from error
     compiled_s = time.process_time()

@@ -86,10 +86,12 @@ class Disaggregated:
                 evicts.append(PlannedEvict(request.request))
         if evicts:
             return _join(board, [], [], evicts)
-        moving = self._with_room(board, moving, there)
+        completed, moving = moving, self._with_room(board, moving, there)
         plans = [decode.plan(board, there, [])]
         taken = mask_of(decode.instances) if plans[0].decode is not None else 0
         migrates = self._migrates(board, moving, taken)
+        if moving and not migrates and plans[0] == LanePlan() and not any(board.queued):
+            evicts = self._in_the_way(completed)
         if not moving:
             plans.append(prefill.plan(board, here, fresh))
             if plans[-1] == LanePlan() and not prefill.busy(board.view):
@@ -108,6 +110,13 @@ class Disaggregated:
             left -= pages
             out.append(request)
         return out
+
+    def _in_the_way(self, completed: list[RequestView]) -> list[PlannedEvict]:
+        """Nothing goes on, for the second half is full of requests that are partly there, as all instances together have
+        left them: the last one gives way."""
+        second = mask_of(self._decode.instances)
+        last = max((r for r in completed if kv_mask(r) & second), key=lambda r: r.request, default=None)
+        return [] if last is None else [PlannedEvict(last.request)]
 
     def _migrates(self, board: Board, moving: list[RequestView], taken: int) -> list[PlannedMigrate]:
         """From sources with nothing to do, each to the destination with the most free pages."""
