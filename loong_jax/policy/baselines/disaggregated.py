@@ -112,8 +112,8 @@ class Disaggregated:
         return out
 
     def _in_the_way(self, completed: list[RequestView]) -> list[PlannedEvict]:
-        """Nothing goes on, for the second half is full of requests that are partly there, as all instances together have
-        left them: the last one gives way."""
+        """Nothing goes on, for the second half is full of requests that are partly there, as all instances together
+        have left them: the last one gives way."""
         second = mask_of(self._decode.instances)
         last = max((r for r in completed if kv_mask(r) & second), key=lambda r: r.request, default=None)
         return [] if last is None else [PlannedEvict(last.request)]

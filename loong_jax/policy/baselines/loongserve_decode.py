@@ -30,8 +30,8 @@ class DecodeBatch:
 def batches(
     board: Board, ready: ReadyGroups, rows: Sequence[RequestView]
 ) -> tuple[list[DecodeBatch], list[RequestView]]:
-    """Rows whose KV shares an instance are one batch, and so are those whose READY groups do. Also the rows that no
-    group can span."""
+    """Rows whose KV shares an instance are one batch, and so are those whose READY groups do. Where no group spans two
+    that meet, the one with the oldest request goes, and the other waits. Also the rows that no group can span."""
     by_mask: dict[int, list[RequestView]] = {}
     for row in rows:
         by_mask.setdefault(kv_mask(row), []).append(row)
@@ -57,7 +57,17 @@ def batches(
     for batch in out:
         batch.rows.sort(key=lambda row: row.request)
     out.sort(key=lambda batch: batch.rows[0].request)
-    return out, stuck
+    return _apart(out), stuck
+
+
+def _apart(batches: list[DecodeBatch]) -> list[DecodeBatch]:
+    """Without those that meet one before them."""
+    taken, out = 0, []
+    for batch in batches:
+        if not batch.group.mask & taken:
+            taken |= batch.group.mask
+            out.append(batch)
+    return out
 
 
 def _cover(board: Board, ready: ReadyGroups, mask: int, rows: list[RequestView]) -> DecodeBatch | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from loong_jax.config import LimitsConfig
@@ -66,7 +68,7 @@ def test_exactly_the_capacity_is_served(policy: str) -> None:
             run.finish()
 
 
-def check_schedules(policy: str, seeds: range) -> None:
+def check_schedules(policy: str, seeds: Iterable[int]) -> None:
     for seed in seeds:
         least = 2 if policy.startswith("disaggregated") else 1
         run_schedule(seed, POLICIES[policy], all_ready=seed % 2 == 0, windowed=seed % 5 == 0, least=least)
@@ -75,6 +77,21 @@ def check_schedules(policy: str, seeds: range) -> None:
 @pytest.mark.parametrize("policy", BASELINES)
 def test_random_schedules(policy: str) -> None:
     check_schedules(policy, range(60_000_000, 60_000_060))
+
+
+@pytest.mark.parametrize(
+    ("policy", "seeds"),
+    [
+        # The decoding half was full of requests that were partly there, left by a group of all instances.
+        ("disaggregated", (60_001_058, 60_001_178)),
+        ("disaggregated_2024", (60_000_984, 60_001_058, 60_001_178)),
+        # Two batches met on an instance, and no group spanned both.
+        ("loongserve", (60_000_513,)),
+        ("loongserve_2024", (60_000_513,)),
+    ],
+)
+def test_schedules_that_once_failed(policy: str, seeds: tuple[int, ...]) -> None:
+    check_schedules(policy, seeds)
 
 
 @pytest.mark.slow

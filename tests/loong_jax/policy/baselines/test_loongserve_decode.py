@@ -10,9 +10,11 @@ from loong_jax.policy.groups import ReadyGroups
 from tests.support.views import Seen, decoding, draft, instance
 
 
-def made(rows: list[Seen], free: tuple[int, ...] = (16, 16, 16, 16)) -> tuple[Board, ReadyGroups]:
+def made(
+    rows: list[Seen], free: tuple[int, ...] = (16, 16, 16, 16), dops: tuple[int, ...] = (1, 2, 3, 4)
+) -> tuple[Board, ReadyGroups]:
     """Groups of neighbours, two rows a master."""
-    drawn = draft(rows, [instance(i, pages) for i, pages in enumerate(free)])
+    drawn = draft(rows, [instance(i, pages) for i, pages in enumerate(free)], dops=dops)
     return Board(drawn.cluster, drawn.limits, Buckets(), drawn.view, drawn.cost), drawn.ready
 
 
@@ -35,6 +37,14 @@ def test_rows_that_share_an_instance_are_a_batch() -> None:
     assert [(batch.group.instances, [row.request for row in batch.rows]) for batch in found] == [
         ((0,), [0, 2]), ((2, 3), [1, 3]),
     ]  # fmt: skip
+
+
+def test_of_batches_that_meet_and_no_group_spans_the_oldest_goes() -> None:
+    rows = [decoding(0, {1: 1, 2: 1}), decoding(1, {0: 1, 1: 1}), decoding(2, {3: 1})]
+    board, ready = made(rows, dops=(1, 2))
+    found, stuck = decode.batches(board, ready, rows)
+    assert [[row.request for row in batch.rows] for batch in found] == [[0], [2]]
+    assert not stuck
 
 
 def test_below_the_threshold_the_fullest_instance_with_room_is_the_only_master() -> None:
