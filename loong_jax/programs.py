@@ -341,12 +341,12 @@ class _Maker:
         }
 
 
-def compiler_options(device: Device) -> dict[str, str]:
+def compiler_options(device: Device) -> dict[str, str | bool]:
     """XLA's options for steps on a kind of device."""
     if chip_of(device.device_kind).name == "tpu7x":
         # Arguments of 16 bits come in tiles of 8 rows, and there it computes in tiles of 16: every step would lay out
         # the weights of all layers anew, which is as much scratch as weights.
-        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
+        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}
     return {}
 
 

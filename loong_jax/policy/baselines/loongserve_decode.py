@@ -62,7 +62,8 @@ def batches(
 
 def _apart(batches: list[DecodeBatch]) -> list[DecodeBatch]:
     """Without those that meet one before them."""
-    taken, out = 0, []
+    taken = 0
+    out: list[DecodeBatch] = []
     for batch in batches:
         if not batch.group.mask & taken:
             taken |= batch.group.mask
