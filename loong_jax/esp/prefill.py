@@ -91,6 +91,8 @@ def ring(
         partial, kv_pages, block = carry
         following = travel(block, dop)  # independent of the use of `block`, so it overlaps
         partial, kv_pages = use(partial, kv_pages, block)
+        # XLA unrolls a loop of one step (DoP 2), and would wait for the transfer before it uses either block.
+        partial, following = lax.optimization_barrier((partial, following))
         return partial, kv_pages, following
 
     if dop > 1:

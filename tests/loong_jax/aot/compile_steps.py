@@ -2,9 +2,9 @@
 
     python -m tests.loong_jax.aot.compile_steps v5e:2x4,prefill,4,2,128 v5e:2x4,decode,8,1,64,reference
 
-A case is topology, phase, DoP, tp, head_dim ("wide" for the layers of an 8B model, which VMEM does not hold) and
-perhaps another attention. Run as a program: libtpu reads its settings
-once per process and ends it on some errors. It needs no TPU.
+A case is topology, phase, DoP, tp, head_dim ("wide" for the layers of an 8B model, which VMEM does not hold, or the
+name of a model, for its layers; with "/8192" for prefill chunks of so many tokens) and perhaps another attention. Run
+as a program: libtpu reads its settings once per process and ends it on some errors. It needs no TPU.
 """
 
 import os
@@ -20,6 +20,7 @@ import msgspec
 
 from loong_jax.aot.collectives import collectives_of
 from loong_jax.aot.compiled import measured
+from loong_jax.aot.models import model_named
 from loong_jax.aot.report import StepReport, report_of
 from loong_jax.aot.targets import target
 from loong_jax.config import ClusterConfig, LadderConfig, ModelConfig
@@ -63,12 +64,14 @@ def report(case: str) -> Report:
     machine = machines(topology)
     num_instances = len(machine.devices) // int(tp)
     dops = tuple(sorted({1, int(dop), num_instances}))
-    ladder = msgspec.structs.replace(CLUSTER.ladder, dops=dops)
+    size, _, chunk = head_dim.partition("/")
+    buckets = BUCKET | ({Phase.PREFILL: int(chunk)} if chunk else {})
+    ladder = msgspec.structs.replace(CLUSTER.ladder, dops=dops, prefill_tokens=(buckets[Phase.PREFILL],))
     cluster = msgspec.structs.replace(CLUSTER, num_instances=num_instances, tp=int(tp), ladder=ladder)
     if attention:
         cluster = msgspec.structs.replace(cluster, attention=attention[0])
-    model = WIDE if head_dim == "wide" else msgspec.structs.replace(MODEL, head_dim=int(head_dim))
-    program = Program(Phase(phase), int(dop), BUCKET.get(Phase(phase), cluster.ladder.move_pages))
+    model = model_of(size)
+    program = Program(Phase(phase), int(dop), buckets.get(Phase(phase), cluster.ladder.move_pages))
     step = measured(model, cluster, program, machine.devices, machine.platform)
     permutes = [
         -1 if found.kernels is None else found.kernels
@@ -76,6 +79,16 @@ def report(case: str) -> Report:
         if found.kind == "collective-permute"
     ]
     return Report(case, report_of(program, cluster.tp, machine.devices[0], step), permutes)
+
+
+def model_of(size: str) -> ModelConfig:
+    if size == "wide":
+        return WIDE
+    if size.isdigit():
+        return msgspec.structs.replace(MODEL, head_dim=int(size))
+    return msgspec.structs.replace(
+        model_named(size), num_layers=MODEL.num_layers, vocab_size=MODEL.vocab_size, windows=()
+    )
 
 
 machines = functools.cache(target)
