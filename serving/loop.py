@@ -27,6 +27,7 @@ from loong_jax.types import (
     Emit,
     EmitScores,
     Finish,
+    Fork,
     Forked,
     Program,
     Reject,
@@ -323,8 +324,9 @@ class EngineLoop:
                 self._outbox.push(box, command, now_us)
         else:
             self._executor.submit(command)
-            if isinstance(command, RunPrefill):
+            if isinstance(command, RunPrefill | Fork):  # somebody has left the queue
                 self._full = None
+            if isinstance(command, RunPrefill):
                 self._tell_prefilled(command, now_us)
         self._state.saw_command(command, now_us)
 
