@@ -114,8 +114,8 @@ class ChatTemplate:
                 stderr=subprocess.DEVNULL,
             )
             assert self._process.stdin is not None
-            limits = msgspec.structs.asdict(self._limits)
-            write_message(self._process.stdin, {"template": self._template, **limits})
+            bounds = {name: getattr(self._limits, name) for name in ("cpu_s", "wall_s", "memory_bytes")}
+            write_message(self._process.stdin, {"template": self._template, **bounds})
         return self._process
 
     def _end(self) -> dict[str, Any]:

@@ -113,3 +113,18 @@ def test_refusals_are_raised_and_counted_and_nothing_ends(manager, fields, kind)
             assert not told.events
 
     asyncio.run(run())
+
+
+def test_while_the_queue_is_known_to_be_full_nothing_is_handed_in():
+    async def run():
+        async with live_server(manager=FakeManager(max_waiting=0)) as live:
+            told = Told()
+            live.server.generator.observers.add(told)
+            gathered, request = Gathered(), generate_request(PROMPT)
+            for _ in range(3):
+                with pytest.raises(QueueFull, match="0 requests wait"):
+                    await live.server.generator.generate(request, gathered.admit, gathered.write)
+            assert len(told.streams) == 1, "the first one only"
+            assert len(told.refusals) == 3
+
+    asyncio.run(run())

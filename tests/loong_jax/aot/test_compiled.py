@@ -120,7 +120,10 @@ def check_ring(report: Report) -> None:
     # A ring of one hop is unrolled, and the labels of its chunk, the same in each layer, travel once, before them.
     num_before = 1 if step.dop == 2 else 0
     if "reference" not in report.case:
-        assert sum(kernels < 1 for kernels in report.permutes) == num_before, report
+        assert [kernels for kernels in report.permutes if kernels < 1] == [0] * num_before, report
+        alone = [o for o in step.collectives if o.kind == "collective-permute" and o.form != "overlapped"]
+        label_bytes = 16 * step.bucket // CLUSTER.page_tokens
+        assert [(one.form, one.num_bytes) for one in alone] == [("async", label_bytes)] * num_before, report
     fixed = over_sp(step.collectives, "fixed")
     layers, hops = MODEL.num_layers, step.dop - 1
     assert fixed.get("collective-permute", 0) == (3 - num_before) * layers * hops + num_before, report
