@@ -75,6 +75,11 @@ def _reachable(draft: Draft, group: DecodeGroup, times: Times) -> bool:
     return group.step_s(times.cost) * 1e6 < PACE * wanted_us
 
 
+def _lends(draft: Draft, group: DecodeGroup, times: Times, seconds: float) -> bool:
+    """Whether all rows of the group can wait so long, as for a chunk; or cannot be in time anyhow."""
+    return _slack_s(draft, group, times, float("inf")) >= seconds or not _reachable(draft, group, times)
+
+
 def _slack_s(draft: Draft, group: DecodeGroup, times: Times, least_s: float) -> float:
     """How long a chunk may take before the group's next step, so that no row falls behind its target."""
     now_us, default_us = draft.view.now_us, draft.limits.token_us
@@ -172,7 +177,10 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
             continue
         row = group.rows[0]
         if row.resident:
-            planned = _move(draft, times, row, row.resident[0], dst, group.step_s(times.cost))
+            held = row.resident[0]
+            if not _lends(draft, home, times, _moves_s(draft, times, held.tokens, held.pages) / 2):
+                return []
+            planned = _move(draft, times, row, held, dst, group.step_s(times.cost))
             if planned or draft.held:
                 return planned
     return []

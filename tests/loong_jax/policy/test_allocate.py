@@ -86,6 +86,18 @@ def test_nothing_moves_for_little_or_where_there_is_no_room() -> None:
     assert consolidated(made, DecodePlanner(made, rows).groups, Times(made.cluster, made.cost)) == []
 
 
+def test_rows_of_the_large_group_are_not_held_up_by_who_joins() -> None:
+    def moves(generated: int, tpot_us: int) -> int:
+        rows = [paced(decoding(i, {0: 2}), generated=generated, tpot_us=tpot_us) for i in range(3)]
+        rows.append(paced(decoding(3, {1: 2}), generated=20, tpot_us=30_000))
+        made = draft(rows)
+        return len(consolidated(made, DecodePlanner(made, rows).groups, Times(made.cluster, made.cost)))
+
+    assert moves(generated=20, tpot_us=3_000) == 1
+    assert moves(generated=1, tpot_us=3_000) == 0  # as soon as they have time to lend
+    assert moves(generated=1, tpot_us=1_000) == 1  # they are never in time, and fewer steps serve all
+
+
 def test_a_row_that_moved_in_part_goes_on_towards_the_others() -> None:
     """Its larger part is where it came from; were that to decide, it would move to and fro for ever."""
     rows = [decoding(i, {0: 2}) for i in range(3)] + [decoding(3, {0: 1, 1: 4})]
