@@ -218,6 +218,11 @@ def main() -> int:
     for script in TABLES:
         if not options.page and not table_of(script).exists() and options.only is None:
             compile_table(script)
+    results = [row.result for row in ROWS] + [table_of(script) for script in TABLES]
+    missing = [path.name for path in results if not path.exists()]
+    if missing:
+        print(f"sizing: {PAGE.name} stays as it is, for it would lose {', '.join(missing)}", file=sys.stderr)
+        return 1
     PAGE.write_text(page(ROWS))
     return 0
 
