@@ -39,12 +39,12 @@ class Shape(msgspec.Struct, frozen=True):
     """Few layers, because all of them attend to everything. The large `rope_theta` leaves most pairs of a head nearly
     unrotated up to `max_position`: those find a key wherever it is, the fast ones find neighbours."""
 
-    hidden: int = 192
-    layers: int = 3
+    hidden: int = 160
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    mlp: int = 384
+    mlp: int = 320
     vocab: int = VOCAB_SIZE
     rope_theta: float = 1e12
     max_position: int = 131_072

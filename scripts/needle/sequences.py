@@ -24,8 +24,6 @@ _TOKENS_PER_FACT = 28  # at most one fact that is asked for in so many tokens
 _TOKENS_PER_STATEMENT = 12  # of a drill
 _DIGITS = (3, 4, 5, 5, 5, 5, 6, 7)  # of the values in other sequences
 _MIN_PROSE = 8
-_NEAR_MISS = 0.75  # of keys share a word with another key of the sequence
-_SAME_START = 0.6  # of near misses whose value begins as the other's: so later digits need the key, too
 _SHARED_FIRST = 0.7  # of those, the first word: the second is learned sooner
 _DOCUMENTATION = 0.4  # of the stretches of prose; the others are generated
 _CHUNKS = (0, 1, 2, 4, 8, 16)  # gaps between chunks
@@ -42,11 +40,15 @@ class Sample(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What sequences are made of: the share of drills, and how many digits the values in them may have."""
+    """What sequences are made of. `drills`: their share, and how many digits the values in them may have; `near_misses`:
+    share of keys that have a word in common with another key of the sequence; `same_start`: share of those whose value
+    begins as the other's, so that later digits need the key, too."""
 
     length: int
     drills: float
     drill_digits: tuple[int, ...]
+    near_misses: float
+    same_start: float
 
 
 class _Segment(NamedTuple):
@@ -85,7 +87,7 @@ def sequence(rng: random.Random, tokens: Tokens, corpora: Sequence[Corpus], cont
 def _segments(rng: random.Random, tokens: Tokens, corpora: Sequence[Corpus], content: Content) -> list[_Segment] | None:
     """The facts' parts with prose between; None when they do not fit."""
     drill = rng.random() < content.drills
-    parts = _drill(rng, tokens, content) if drill else _questions(rng, tokens, content.length)
+    parts = _drill(rng, tokens, content) if drill else _questions(rng, tokens, content)
     room = content.length - 1 - sum(len(part.ids) for part in parts)
     if room < _MIN_PROSE:
         return None
@@ -103,7 +105,7 @@ def _drill(rng: random.Random, tokens: Tokens, content: Content) -> list[_Segmen
     """Facts said again and again: every time but the first is a question, and the tersest one. Without them the model
     learns to copy digits long before it learns to tell keys apart, because so few tokens depend on a key."""
     count = content.length // _TOKENS_PER_STATEMENT
-    facts = _facts(rng, rng.randint(2, max(2, count // 2)), content.drill_digits)
+    facts = _facts(rng, rng.randint(2, max(2, count // 2)), content.drill_digits, content)
     order = [*range(len(facts)), *(rng.randrange(len(facts)) for _ in range(count - len(facts)))]
     rng.shuffle(order)
     said: set[int] = set()
@@ -115,9 +117,9 @@ def _drill(rng: random.Random, tokens: Tokens, content: Content) -> list[_Segmen
     return parts
 
 
-def _questions(rng: random.Random, tokens: Tokens, length: int) -> list[_Segment]:
+def _questions(rng: random.Random, tokens: Tokens, content: Content) -> list[_Segment]:
     """Facts in any order, each question somewhere after its fact."""
-    facts = _facts(rng, rng.randint(2, max(2, length // _TOKENS_PER_FACT)), _DIGITS)
+    facts = _facts(rng, rng.randint(2, max(2, content.length // _TOKENS_PER_FACT)), _DIGITS, content)
     asked = rng.sample(range(len(facts)), rng.randint(max(1, len(facts) // 2), len(facts)))
     order: list[tuple[bool, int]] = [(False, i) for i in range(len(facts))]
     rng.shuffle(order)
@@ -132,7 +134,7 @@ def _questions(rng: random.Random, tokens: Tokens, length: int) -> list[_Segment
     ]
 
 
-def _facts(rng: random.Random, count: int, digits: Sequence[int]) -> list[Fact]:
+def _facts(rng: random.Random, count: int, digits: Sequence[int], content: Content) -> list[Fact]:
     facts: list[Fact] = []
     used: set[tuple[str, str]] = set()
     for _ in range(count):
@@ -140,12 +142,12 @@ def _facts(rng: random.Random, count: int, digits: Sequence[int]) -> list[Fact]:
         value = random_value(rng, rng.choice(digits))
         if kind == "pass_key" and PASS_KEY not in used and rng.random() < 0.7:
             key = PASS_KEY
-        elif facts and rng.random() < _NEAR_MISS:
+        elif facts and rng.random() < content.near_misses:
             # Often of the first key: then many keys share a word, as many decoys of one question do.
             other = facts[0] if rng.random() < 0.5 else rng.choice(facts)
             key = near_miss(rng, other.key, used, _SHARED_FIRST)
             kind = other.kind if rng.random() < 0.6 else kind
-            if rng.random() < _SAME_START:
+            if rng.random() < content.same_start:
                 value = other.value[0] + value[1:]
         else:
             key = random_key(rng, used)

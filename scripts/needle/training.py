@@ -39,13 +39,12 @@ class Stage(msgspec.Struct, frozen=True):
     content: Content
 
 
-# First what keys are (short sequences, mostly drills with short values), then what whole values are.
+# First what keys are: short sequences, few facts that look alike. Then ever more near misses, and drills.
 STAGES = (
-    Stage(0.1, Content(128, 0.75, (1, 2, 3))),
-    Stage(0.4, Content(256, 0.75, (1, 2, 3))),
-    Stage(0.6, Content(512, 0.6, (1, 3, 5, 5))),
-    Stage(0.92, Content(256, 0.5, (2, 5, 5, 5))),
-    Stage(1.0, Content(512, 0.5, (2, 5, 5, 5))),
+    Stage(0.22, Content(128, 0.0, (2, 5), near_misses=0.3, same_start=0.0)),
+    Stage(0.45, Content(256, 0.2, (2, 5, 5), near_misses=0.5, same_start=0.3)),
+    Stage(0.92, Content(256, 0.4, (2, 5, 5, 5), near_misses=0.75, same_start=0.6)),
+    Stage(1.0, Content(512, 0.4, (2, 5, 5, 5), near_misses=0.75, same_start=0.6)),
 )
 
 
@@ -57,8 +56,8 @@ class Schedule(msgspec.Struct, frozen=True):
     minutes: float | None = None
     tokens_per_step: int = 2048
     stages: tuple[Stage, ...] = STAGES
-    ramp_from: float = 0.25
-    ramp_until: float = 0.7
+    ramp_from: float = 0.35
+    ramp_until: float = 0.75
     decay_from: float = 0.6
     max_multiplicity: float = 256.0
     max_decoy_multiplicity: float = 16.0

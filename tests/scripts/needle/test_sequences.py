@@ -1,10 +1,11 @@
 """Training sequences: what is in them, where loss falls, and how positions reach far."""
 
 import random
+from itertools import combinations
 
 import numpy as np
 import pytest
-from needle.sequences import ASKED, DECOY, PROSE, Content, batch
+from needle.sequences import ASKED, DECOY, PROSE, Content, _facts, batch
 from needle.tokens import BOS_ID, Corpus, Tokens
 from tokenizers import Tokenizer
 
@@ -28,7 +29,7 @@ def corpora(tokens) -> tuple[Corpus, Corpus]:
 @pytest.mark.parametrize("drills", [0.0, 1.0])
 @pytest.mark.parametrize("length", [128, 512])
 def test_every_answer_was_said_before_and_only_answers_weigh_most(tokens, corpora, length, drills):
-    data = batch(random.Random(0), tokens, corpora, Content(length, drills, (1, 3)), 16, REACH)
+    data = batch(random.Random(0), tokens, corpora, Content(length, drills, (1, 3), 0.75, 0.6), 16, REACH)
     assert data.ids.shape == (16, length)
     for ids, weights, kinds in zip(data.ids, data.weights, data.kinds, strict=True):
         assert ids[0] == BOS_ID
@@ -44,7 +45,7 @@ def test_every_answer_was_said_before_and_only_answers_weigh_most(tokens, corpor
 
 
 def test_positions_leap_between_chunks_only_and_stay_below_the_reach(tokens, corpora):
-    data = batch(random.Random(1), tokens, corpora, Content(256, 0.5, (1, 3)), 64, REACH)
+    data = batch(random.Random(1), tokens, corpora, Content(256, 0.5, (1, 3), 0.75, 0.6), 64, REACH)
     steps, new_chunk = np.diff(data.positions), np.diff(data.chunks)
     assert (steps >= 1).all()
     assert ((steps > 1) == (new_chunk == 1)).all()
@@ -56,7 +57,18 @@ def test_positions_leap_between_chunks_only_and_stay_below_the_reach(tokens, cor
 
 
 def test_the_same_seed_makes_the_same_batch(tokens, corpora):
-    first, again = (batch(random.Random("7 3"), tokens, corpora, Content(128, 0.5, (1, 3)), 4, REACH) for _ in range(2))
+    content = Content(128, 0.5, (1, 3), 0.75, 0.6)
+    first, again = (batch(random.Random("7 3"), tokens, corpora, content, 4, REACH) for _ in range(2))
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
-    other = batch(random.Random("7 4"), tokens, corpora, Content(128, 0.5, (1, 3)), 4, REACH)
+    other = batch(random.Random("7 4"), tokens, corpora, content, 4, REACH)
     assert (first.ids != other.ids).any()
+
+
+def test_near_misses_are_as_many_as_asked():
+    def shared(near_misses: float) -> float:
+        content = Content(128, 0.0, (5,), near_misses, 0.0)
+        found = [_facts(random.Random(seed), 4, (5,), content) for seed in range(200)]
+        pairs = [(a.key, b.key) for facts in found for a, b in combinations(facts, 2)]
+        return sum(a[0] == b[0] or a[1] == b[1] for a, b in pairs) / len(pairs)
+
+    assert shared(0.0) < 0.05 < 0.15 < shared(0.5) < shared(1.0)

@@ -15,7 +15,7 @@ from loong_jax.default_model import DEFAULT_MODEL
 
 SHAPE = Shape(hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp=32)
 SCHEDULE = Schedule(
-    steps=6, tokens_per_step=256, save_every=3, stages=(Stage(1.0, Content(128, 0.5, (1, 2))),), warm_up_steps=1
+    steps=6, tokens_per_step=256, save_every=3, stages=(Stage(1.0, Content(128, 0.5, (1, 2), 0.5, 0.5)),), warm_up_steps=1
 )
 
 
@@ -23,7 +23,7 @@ def test_schedule():
     schedule = Schedule(steps=1000, minutes=10.0)
     assert schedule.fraction(250, 0.0) == 0.25
     assert schedule.fraction(250, 480.0) == 0.8
-    assert [schedule.content(f).length for f in (0.0, 0.2, 0.5, 1.0)] == [128, 256, 512, 512]
+    assert [schedule.content(f).length for f in (0.0, 0.3, 0.5, 1.0)] == [128, 256, 256, 512]
     assert schedule.multiplicity(0.1) == 1.0
     assert schedule.multiplicity(0.9) == pytest.approx(schedule.max_multiplicity)
     assert schedule.rate(0, 0.0) < schedule.rate(100, 0.1) == schedule.learning_rate
