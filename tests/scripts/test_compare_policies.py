@@ -36,9 +36,12 @@ def test_the_page_names_every_cell_where_elastic_is_below(tmp_path: Path) -> Non
         line("loongserve", 0.95),
         line("elastic", 0.9, "leval"),
         line("loongserve", 0.8, "leval"),
+        line("elastic", 0.999, "lveval"),
+        line("loongserve", 1.0, "lveval"),
     ]
     write_page([], lines, tmp_path)
     text = (tmp_path / "comparison.md").read_text()
-    assert "in 1 of 2 cells" in text
+    assert "in 1 of 3 cells" in text
     assert "* mixed at 0.30: 5.0 points below loongserve" in text
+    assert "* lveval at 0.30: 0.1 points below loongserve" in text
     assert (tmp_path / "comparison.png").stat().st_size > 1000
