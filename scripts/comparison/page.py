@@ -126,7 +126,8 @@ def _verdict(best: dict[tuple[str, float], dict[str, Line]]) -> str:
             below.append(f"* {workload} at {load:.2f}: {100 * behind:.1f} points below {other['policy']}")
     if not compared:
         return "The elastic policy is not among the runs yet."
-    head = f"Elastic is at or above the best of the others in {compared - len(below)} of {compared} cells that were compared"
+    above = f"{compared - len(below)} of {compared} cells that were compared"
+    head = f"Elastic is at or above the best of the others in {above}"
     return "\n".join([f"{head}; elsewhere:", "", *below]) if below else f"{head}."
 
 

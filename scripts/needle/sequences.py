@@ -40,9 +40,9 @@ class Sample(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What sequences are made of. `drills`: their share, and how many digits the values in them may have; `near_misses`:
-    share of keys that have a word in common with another key of the sequence; `same_start`: share of those whose value
-    begins as the other's, so that later digits need the key, too."""
+    """What sequences are made of. `drills`: their share, and how many digits the values in them may have;
+    `near_misses`: share of keys that have a word in common with another key of the sequence; `same_start`: share of
+    those whose value begins as the other's, so that later digits need the key, too."""
 
     length: int
     drills: float

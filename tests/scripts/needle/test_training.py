@@ -15,7 +15,11 @@ from loong_jax.default_model import DEFAULT_MODEL
 
 SHAPE = Shape(hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp=32)
 SCHEDULE = Schedule(
-    steps=6, tokens_per_step=256, save_every=3, stages=(Stage(1.0, Content(128, 0.5, (1, 2), 0.5, 0.5)),), warm_up_steps=1
+    steps=6,
+    tokens_per_step=256,
+    save_every=3,
+    stages=(Stage(1.0, Content(128, 0.5, (1, 2), 0.5, 0.5)),),
+    warm_up_steps=1,
 )
 
 
