@@ -3,7 +3,7 @@
 What it is: decode groups yield their instances for as long as their rows stay within their token times: rows that are
 ahead of their targets have slack, and a chunk may take it (Eq 1-2, with targets for gains). Where slack is short, rows
 go first; where nobody named a target, chunk and step alternate. Small decode groups move into a larger one when that
-costs less than the instance time it frees (Eq 3-4).
+costs less than the instance time it frees (Eq 3-4): one row behind each step of the larger one, or as rows have time.
 What it is not: the DoP of a prefill (`batch.py`), or where rows decode (`scale.py`).
 """
 
@@ -78,6 +78,11 @@ def _reachable(draft: Draft, group: DecodeGroup, times: Times) -> bool:
 def _lends(draft: Draft, group: DecodeGroup, times: Times, seconds: float) -> bool:
     """Whether all rows of the group can wait so long, as for a chunk; or cannot be in time anyhow."""
     return _slack_s(draft, group, times, float("inf")) >= seconds or not _reachable(draft, group, times)
+
+
+def _in_step(group: DecodeGroup) -> bool:
+    """Whether a decode step of it is under way: a move has one of its rows, a step most."""
+    return 2 * sum([row.in_flight > 0 for row in group.rows]) > len(group.rows)
 
 
 def _slack_s(draft: Draft, group: DecodeGroup, times: Times, least_s: float) -> float:
@@ -178,8 +183,9 @@ def _joined(draft: Draft, groups: Sequence[DecodeGroup], times: Times) -> list[P
         row = group.rows[0]
         if row.resident:
             held = row.resident[0]
-            if not _lends(draft, home, times, _moves_s(draft, times, held.tokens, held.pages) / 2):
-                return []
+            move_s = _moves_s(draft, times, held.tokens, held.pages) / 2
+            if not (_in_step(home) or _lends(draft, home, times, move_s)):
+                return []  # one move behind each step of the home; more only in time that its rows have
             planned = _move(draft, times, row, held, dst, group.step_s(times.cost))
             if planned or draft.held:
                 return planned

@@ -87,14 +87,16 @@ def test_nothing_moves_for_little_or_where_there_is_no_room() -> None:
 
 
 def test_rows_of_the_large_group_are_not_held_up_by_who_joins() -> None:
-    def moves(generated: int, tpot_us: int) -> int:
-        rows = [paced(decoding(i, {0: 2}), generated=generated, tpot_us=tpot_us) for i in range(3)]
+    def moves(generated: int, tpot_us: int, in_flight: int = 0) -> int:
+        home = [decoding(i, {0: 2}, in_flight=in_flight) for i in range(3)]
+        rows = [paced(row, generated=generated, tpot_us=tpot_us) for row in home]
         rows.append(paced(decoding(3, {1: 2}), generated=20, tpot_us=30_000))
         made = draft(rows)
         return len(consolidated(made, DecodePlanner(made, rows).groups, Times(made.cluster, made.cost)))
 
     assert moves(generated=20, tpot_us=3_000) == 1
     assert moves(generated=1, tpot_us=3_000) == 0  # as soon as they have time to lend
+    assert moves(generated=1, tpot_us=3_000, in_flight=1) == 1  # behind each step, one
     assert moves(generated=1, tpot_us=1_000) == 1  # they are never in time, and fewer steps serve all
 
 
