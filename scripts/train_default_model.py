@@ -29,13 +29,13 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, help="of training, over all runs; default: 70 unless --steps is given")
+    parser.add_argument("--minutes", type=float, help="of training, over all runs; 110 unless --steps is given")
     parser.add_argument("--steps", type=int, help="of training, over all runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:
-        args.minutes = 70.0
+        args.minutes = 110.0
     return args
 
 
