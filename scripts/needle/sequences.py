@@ -102,8 +102,9 @@ def _segments(rng: random.Random, tokens: Tokens, corpora: Sequence[Corpus], con
 
 
 def _drill(rng: random.Random, tokens: Tokens, content: Content) -> list[_Segment]:
-    """Facts said again and again: every time but the first is a question, and the tersest one. Without them the model
-    learns to copy digits long before it learns to tell keys apart, because so few tokens depend on a key."""
+    """Facts said again and again: every time but the first is a question, and the tersest one. Three
+    layers without them learned to copy digits long before they told keys apart; four layers learn keys from questions
+    alone, and sooner."""
     count = content.length // _TOKENS_PER_STATEMENT
     facts = _facts(rng, rng.randint(2, max(2, count // 2)), content.drill_digits, content)
     order = [*range(len(facts)), *(rng.randrange(len(facts)) for _ in range(count - len(facts)))]

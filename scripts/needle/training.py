@@ -39,7 +39,7 @@ class Stage(msgspec.Struct, frozen=True):
     content: Content
 
 
-# First what keys are: short sequences, few facts that look alike. Then ever more near misses, and drills.
+# First what keys are, in short sequences of facts that hardly look alike; then ever more near misses, and drills.
 STAGES = (
     Stage(0.22, Content(128, 0.0, (2, 5), near_misses=0.3, same_start=0.0)),
     Stage(0.45, Content(256, 0.2, (2, 5, 5), near_misses=0.5, same_start=0.3)),
